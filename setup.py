@@ -118,6 +118,12 @@ def extension() -> Extension:
 class BuildConvext(BuildExtension):
     """Torch's build_ext, plus OpenMP, our version macro and a record of the torch built against."""
 
+    def initialize_options(self):
+        super().initialize_options()
+        # One folder of objects for every way to build: an editable install, which would compile
+        # in a temporary one, leaves them to `setup.py build_ext --inplace` and back.
+        self.build_temp = f"build/objects-{sys.implementation.cache_tag}"
+
     def run(self):
         if torch is None:
             sys.exit(

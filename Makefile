@@ -1,0 +1,76 @@
+# The project's habits. On a fresh machine with Python and a C++ compiler, each target first makes
+# .venv, builds convext in it and installs the tools; later calls rebuild only what changed.
+#
+#   make train ARGS="--epochs 5"      PYTHON=python3.12     the Python that .venv is made from
+#   make test ARGS="-k conv2d -x"     TORCH=torch==2.14.1   the torch that .venv holds
+#                                     MAX_JOBS=4            parallel compilations
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+# Once .venv has a torch, it stays until another is named.
+TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),torch==2.13.0)
+MAX_JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export MAX_JOBS
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# With its folders, whose times tell that a file was added or removed.
+CSRC := $(shell find csrc)
+CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test test-fast bench lint format clean FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+train: $(VENV)/.built ## train the MNIST CNN on our kernels
+	$(BIN)/python -m convext train $(ARGS)
+
+test: $(VENV)/.built ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.built ## the tests not marked slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: $(VENV)/.built ## our kernels beside PyTorch's
+	$(BIN)/python -m pytest benchmarks -o python_files="*.py" $(ARGS)
+
+lint: $(VENV)/.built ## check style and format, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.built ## put format and imports right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info convext/*.so convext/_built_with.py $(VENV)/.built
+	rm -rf .pytest_cache .ruff_cache .benchmarks
+	find convext tests benchmarks build_backend -name __pycache__ -prune -exec rm -rf {} +
+
+# Everything where the package's description or torch changed, else only the compiled part.
+# Torch is named again so that no dependency can put another in its place.
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	$(if $(filter-out $(CSRC),$?),\
+	  $(PIP) install --no-build-isolation -e ".[all]" "$(TORCH)",\
+	  $(BIN)/python setup.py --quiet build_ext --inplace)
+	@touch $@
+
+# Holds the requirement that was installed; rewritten only when TORCH differs.
+$(VENV)/.torch: $(BIN)/python FORCE
+	@[ "$$(cat $@ 2>/dev/null)" = "$(TORCH)" ] || { set -ex; \
+	  $(PIP) install "$(TORCH)" "setuptools>=77" ninja; \
+	  echo "$(TORCH)" > $@; }
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "convext needs Python 3.10 or newer, but $(PYTHON) is" \
+	    "'$$($(PYTHON) --version 2>&1)'; name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { \
+	  echo "convext needs a C++ compiler, but '$${CXX:-c++}' was not found;" \
+	    "install one (Debian: g++, macOS: xcode-select --install) or name it in CXX" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
