@@ -1,0 +1,142 @@
+"""Functional forms of the layers: `torch.nn.functional.conv2d` and `batch_norm` on our kernels.
+
+Each normalises its arguments as PyTorch does and calls one op of `torch.ops.convext`; the ops check
+what they are given (csrc/tensor_args.cpp).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+_ops = torch.ops.convext
+
+
+def _pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
+    if isinstance(value, (tuple, list, torch.Size)):
+        return [value[0], value[0]] if len(value) == 1 else list(value)
+    return [value, value]
+
+
+def same_padding(kernel_size: list[int], dilation: list[int]) -> list[int]:
+    """Zeros that padding="same" adds in all, for (height, width)."""
+    return [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    algorithm: str = "auto",
+) -> Tensor:
+    """Two-dimensional cross-correlation, as `torch.nn.functional.conv2d`.
+
+    Args:
+        input: (N, in_channels, H, W), or (in_channels, H, W) for a single image; float32, float64,
+            bfloat16 or float16, contiguous, channels_last or any strides.
+        weight: (out_channels, in_channels / groups, kH, kW), of input's dtype.
+        bias: (out_channels), of input's dtype, or None.
+        stride, padding, dilation: an int for both axes or (height, width). padding may be "valid"
+            (none) or "same" (output as large as input; as in PyTorch for stride 1 only, and where the
+            total is odd the extra zero goes to the bottom and the right).
+        groups: blocks of connections between input and output channels.
+        algorithm: "auto", or one of `convext.algorithms()`, also used for the gradients.
+
+    Returns:
+        (N, out_channels, out_H, out_W), or without N where input has none, with
+        out = floor((in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1) on each axis; in
+        channels_last where input or weight is.
+
+    Raises:
+        RuntimeError: sizes, dtypes, devices or settings that do not fit; named in the message.
+        ValueError: an unknown algorithm, or one that cannot do this problem.
+    """
+    stride, dilation = _pair(stride), _pair(dilation)
+    unbatched = input.dim() == 3
+    if not unbatched and input.dim() != 4:
+        raise RuntimeError(
+            "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: "
+            f"{list(input.shape)}"
+        )
+    if unbatched:
+        input = input.unsqueeze(0)
+    if isinstance(padding, str):
+        input, padding = _pad_by_name(input, weight, stride, padding, dilation)
+    output = _ops.conv2d(
+        input, weight, bias, stride, _pair(padding), dilation, groups, algorithm
+    )
+    return output.squeeze(0) if unbatched else output
+
+
+def _pad_by_name(
+    input: Tensor, weight: Tensor, stride: list[int], padding: str, dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Resolve "same" and "valid" to numbers, padding input where the two sides differ."""
+    if padding == "valid":
+        return input, [0, 0]
+    if padding != "same":
+        raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
+    if any(s != 1 for s in stride):
+        raise RuntimeError(
+            f"padding='same' is not supported for strided convolutions, got stride {stride}"
+        )
+    total = same_padding(list(weight.shape[2:]), dilation)
+    if any(t % 2 for t in total):
+        input = F.pad(input, [0, total[1] % 2, 0, total[0] % 2])
+    return input, [t // 2 for t in total]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalization (Ioffe and Szegedy, 2015), as `torch.nn.functional.batch_norm`.
+
+    Every channel is shifted and scaled to mean 0 and variance 1, over all other axes of the batch in
+    training and by the running statistics otherwise, then multiplied by weight and shifted by bias.
+
+    Args:
+        input: (N, C, *) of float32, float64, bfloat16 or float16.
+        running_mean, running_var: (C), or None in training to keep none. In training they are
+            updated in place: running = (1 - momentum) * running + momentum * batch, with the
+            unbiased variance.
+        weight, bias: (C), of input's dtype or float32, or None for 1 and 0.
+        training: normalise by the batch's own mean and biased variance.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: training on a single value per channel.
+        RuntimeError: no running statistics outside training; sizes, dtypes or devices that do not
+            fit.
+    """
+    if not training:
+        if running_mean is None or running_var is None:
+            raise RuntimeError(
+                "Expected running_mean and running_var to be defined when training=False, got "
+                f"running_mean={running_mean}, running_var={running_var}"
+            )
+        return _ops.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
+    output, mean, var = _ops.batch_norm_train(input, weight, bias, eps)
+    if running_mean is not None or running_var is not None:
+        count = input.numel() // input.size(1)
+        with torch.no_grad():
+            if running_mean is not None:
+                running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            if running_var is not None:
+                unbiased = momentum * count / (count - 1)
+                running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
+    return output

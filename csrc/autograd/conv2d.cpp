@@ -1,0 +1,214 @@
+// Autograd of the convolutions. Each verb is bilinear and its derivatives are the other two verbs,
+// called through the dispatcher with autograd on: gradients of any order need no further kernel.
+#include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace convext {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using c10::SymIntArrayRef;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+              std::string_view algorithm) {
+  static const auto op = find_op<decltype(conv2d)>("convext::conv2d");
+  return op.call(input, weight, bias, stride, padding, dilation, groups, algorithm);
+}
+
+Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
+                             SymIntArrayRef input_size, IntArrayRef stride, IntArrayRef padding,
+                             IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
+  static const auto op = find_op<decltype(conv2d_backward_input)>("convext::conv2d_backward_input");
+  return op.call(grad_output, weight, input_size, stride, padding, dilation, groups, algorithm);
+}
+
+Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
+                              SymIntArrayRef weight_size, IntArrayRef stride, IntArrayRef padding,
+                              IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
+  static const auto op =
+      find_op<decltype(conv2d_backward_weight)>("convext::conv2d_backward_weight");
+  return op.call(grad_output, input, weight_size, stride, padding, dilation, groups, algorithm);
+}
+
+Tensor conv2d_backward_bias(const Tensor& grad_output) {
+  static const auto op = find_op<decltype(conv2d_backward_bias)>("convext::conv2d_backward_bias");
+  return op.call(grad_output);
+}
+
+// The integers and the algorithm, which all three verbs share.
+struct Settings {
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups;
+  std::string algorithm;
+
+  static void save(AutogradContext* ctx, IntArrayRef stride, IntArrayRef padding,
+                   IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["algorithm"] = std::string(algorithm);
+  }
+
+  explicit Settings(AutogradContext* ctx)
+      : stride(ctx->saved_data["stride"].toIntVector()),
+        padding(ctx->saved_data["padding"].toIntVector()),
+        dilation(ctx->saved_data["dilation"].toIntVector()),
+        groups(ctx->saved_data["groups"].toInt()),
+        algorithm(ctx->saved_data["algorithm"].toStringRef()) {}
+
+  Tensor forward(const Tensor& input, const Tensor& weight) const {
+    return conv2d(input, weight, std::nullopt, stride, padding, dilation, groups, algorithm);
+  }
+  Tensor backward_input(const Tensor& grad_output, const Tensor& weight,
+                        SymIntArrayRef size) const {
+    return conv2d_backward_input(grad_output, weight, size, stride, padding, dilation, groups,
+                                 algorithm);
+  }
+  Tensor backward_weight(const Tensor& grad_output, const Tensor& input,
+                         SymIntArrayRef size) const {
+    return conv2d_backward_weight(grad_output, input, size, stride, padding, dilation, groups,
+                                  algorithm);
+  }
+};
+
+struct Conv2d : Function<Conv2d> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({input, weight});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    Settings::save(ctx, stride, padding, dilation, groups, algorithm);
+    return conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Settings settings(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1];
+    Tensor grad_input, grad_weight, grad_bias;
+    if (ctx->needs_input_grad(0)) {
+      grad_input = settings.backward_input(grads[0], weight, input.sym_sizes());
+    }
+    if (ctx->needs_input_grad(1)) {
+      grad_weight = settings.backward_weight(grads[0], input, weight.sym_sizes());
+    }
+    // An absent bias has no index to ask about.
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
+      grad_bias = conv2d_backward_bias(grads[0]);
+    }
+    return {grad_input, grad_weight, grad_bias, {}, {}, {}, {}, {}};
+  }
+};
+
+struct Conv2dBackwardInput : Function<Conv2dBackwardInput> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& weight,
+                        SymIntArrayRef input_size, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, weight});
+    Settings::save(ctx, stride, padding, dilation, groups, algorithm);
+    return conv2d_backward_input(grad_output, weight, input_size, stride, padding, dilation, groups,
+                                 algorithm);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Settings settings(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &grad_output = saved[0], &weight = saved[1];
+    Tensor grad_grad_output, grad_weight;
+    if (ctx->needs_input_grad(0)) grad_grad_output = settings.forward(grads[0], weight);
+    if (ctx->needs_input_grad(1)) {
+      grad_weight = settings.backward_weight(grad_output, grads[0], weight.sym_sizes());
+    }
+    return {grad_grad_output, grad_weight, {}, {}, {}, {}, {}, {}};
+  }
+};
+
+struct Conv2dBackwardWeight : Function<Conv2dBackwardWeight> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
+                        SymIntArrayRef weight_size, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, input});
+    Settings::save(ctx, stride, padding, dilation, groups, algorithm);
+    return conv2d_backward_weight(grad_output, input, weight_size, stride, padding, dilation,
+                                  groups, algorithm);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Settings settings(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &grad_output = saved[0], &input = saved[1];
+    Tensor grad_grad_output, grad_input;
+    if (ctx->needs_input_grad(0)) grad_grad_output = settings.forward(input, grads[0]);
+    if (ctx->needs_input_grad(1)) {
+      grad_input = settings.backward_input(grad_output, grads[0], input.sym_sizes());
+    }
+    return {grad_grad_output, grad_input, {}, {}, {}, {}, {}, {}};
+  }
+};
+
+// Linear: a sum, whose derivative is a broadcast.
+struct Conv2dBackwardBias : Function<Conv2dBackwardBias> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad_output) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->saved_data["size"] = grad_output.sym_sizes();
+    return conv2d_backward_bias(grad_output);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto size = ctx->saved_data["size"].toSymIntVector();
+    return {grads[0].reshape({1, -1, 1, 1}).expand_symint(size)};
+  }
+};
+
+Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                       int64_t groups, std::string_view algorithm) {
+  return Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, algorithm);
+}
+
+Tensor conv2d_backward_input_autograd(const Tensor& grad_output, const Tensor& weight,
+                                      SymIntArrayRef input_size, IntArrayRef stride,
+                                      IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                      std::string_view algorithm) {
+  return Conv2dBackwardInput::apply(grad_output, weight, input_size, stride, padding, dilation,
+                                    groups, algorithm);
+}
+
+Tensor conv2d_backward_weight_autograd(const Tensor& grad_output, const Tensor& input,
+                                       SymIntArrayRef weight_size, IntArrayRef stride,
+                                       IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                       std::string_view algorithm) {
+  return Conv2dBackwardWeight::apply(grad_output, input, weight_size, stride, padding, dilation,
+                                     groups, algorithm);
+}
+
+Tensor conv2d_backward_bias_autograd(const Tensor& grad_output) {
+  return Conv2dBackwardBias::apply(grad_output);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(convext, Autograd, m) {
+  m.impl("conv2d", &conv2d_autograd);
+  m.impl("conv2d_backward_input", &conv2d_backward_input_autograd);
+  m.impl("conv2d_backward_weight", &conv2d_backward_weight_autograd);
+  m.impl("conv2d_backward_bias", &conv2d_backward_bias_autograd);
+}
+
+}  // namespace convext

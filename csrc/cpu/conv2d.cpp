@@ -1,0 +1,142 @@
+// The convolutions on the CPU: check, allocate, describe, call, return.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include "common/parallel.h"
+#include "cpu/kernels/conv2d.h"
+#include "last_algorithm.h"
+#include "tensor_args.h"
+
+namespace convext::cpu {
+namespace {
+
+using at::Tensor;
+
+std::string algorithm_names() {
+  std::string names;
+  for (int i = 0; i < conv2d_algorithm_count(); ++i) {
+    names += std::string(i ? ", " : "") + conv2d_algorithm(i).name;
+  }
+  return names;
+}
+
+// The algorithm asked for, or an exception: a name is never exchanged for another silently.
+const Conv2dAlgorithm& pick(const char* op, const Conv2dCall& call, std::string_view name) {
+  if (name == "auto") return choose_conv2d_algorithm(call);
+  const Conv2dAlgorithm* algorithm = find_conv2d_algorithm(std::string(name).c_str());
+  TORCH_CHECK_VALUE(algorithm, op, "(): no algorithm \"", name,
+                    "\" on the CPU; expected \"auto\" or one of: ", algorithm_names());
+  const char* reason = algorithm->declines(call);
+  TORCH_CHECK_VALUE(!reason, op, "(): algorithm \"", name, "\" cannot do this problem: ", reason);
+  return *algorithm;
+}
+
+void run(const char* op, Conv2dCall& call, std::string_view name) {
+  call.isa = &kernels();
+  call.threads = num_threads();
+  const Conv2dAlgorithm& algorithm = pick(op, call, name);
+  Arena counter(nullptr);
+  algorithm.run(call, counter);
+  TORCH_CHECK(!counter.overflowed(), op, "(): algorithm \"", algorithm.name,
+              "\" needs a workspace larger than the address space for this problem");
+  const Tensor workspace =
+      at::empty({counter.used() + Arena::kAlignment}, at::TensorOptions(at::kByte));
+  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  Arena arena(reinterpret_cast<void*>(round_up(int64_t(address), Arena::kAlignment)));
+  algorithm.run(call, arena);
+  record_algorithm(call.pass, algorithm.name);
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+              int64_t groups, std::string_view algorithm) {
+  const Conv2dProblem problem =
+      check_conv2d(input, weight, bias, {stride, padding, dilation, groups});
+  const at::MemoryFormat format = common_memory_format({input, weight});
+  const Tensor x = input.contiguous(format), w = weight.contiguous(format);
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const Tensor output =
+      at::empty({problem.batch, problem.out_channels, problem.out_height(), problem.out_width()},
+                input.options().memory_format(format));
+  Conv2dCall call{problem,
+                  Conv2dPass::forward,
+                  dtype_of(input),
+                  layout_of(format),
+                  x.const_data_ptr(),
+                  w.const_data_ptr(),
+                  bias ? b.const_data_ptr() : nullptr,
+                  nullptr,
+                  output.mutable_data_ptr(),
+                  nullptr,
+                  1};
+  run("conv2d", call, algorithm);
+  return output;
+}
+
+Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
+                             c10::SymIntArrayRef input_size, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             std::string_view algorithm) {
+  const at::IntArrayRef size = C10_AS_INTARRAYREF_SLOW(input_size);
+  const Conv2dProblem problem = check_conv2d_backward_input(grad_output, weight, size,
+                                                            {stride, padding, dilation, groups});
+  const at::MemoryFormat format = common_memory_format({grad_output, weight});
+  const Tensor g = grad_output.contiguous(format), w = weight.contiguous(format);
+  const Tensor grad_input = at::empty(size, grad_output.options().memory_format(format));
+  Conv2dCall call{problem,
+                  Conv2dPass::backward_input,
+                  dtype_of(grad_output),
+                  layout_of(format),
+                  nullptr,
+                  w.const_data_ptr(),
+                  nullptr,
+                  g.const_data_ptr(),
+                  grad_input.mutable_data_ptr(),
+                  nullptr,
+                  1};
+  run("conv2d_backward_input", call, algorithm);
+  return grad_input;
+}
+
+Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
+                              c10::SymIntArrayRef weight_size, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                              std::string_view algorithm) {
+  const at::IntArrayRef size = C10_AS_INTARRAYREF_SLOW(weight_size);
+  const Conv2dProblem problem = check_conv2d_backward_weight(grad_output, input, size,
+                                                             {stride, padding, dilation, groups});
+  const at::MemoryFormat format = common_memory_format({grad_output, input});
+  const Tensor g = grad_output.contiguous(format), x = input.contiguous(format);
+  const Tensor grad_weight = at::empty(size, grad_output.options().memory_format(format));
+  Conv2dCall call{problem,
+                  Conv2dPass::backward_weight,
+                  dtype_of(grad_output),
+                  layout_of(format),
+                  x.const_data_ptr(),
+                  nullptr,
+                  nullptr,
+                  g.const_data_ptr(),
+                  grad_weight.mutable_data_ptr(),
+                  nullptr,
+                  1};
+  run("conv2d_backward_weight", call, algorithm);
+  return grad_weight;
+}
+
+// Sparse, quantized and the like also come here, so that tensor_args can say what is wrong with them.
+void register_ops(torch::Library& m) {
+  m.impl("conv2d", &conv2d);
+  m.impl("conv2d_backward_input", &conv2d_backward_input);
+  m.impl("conv2d_backward_weight", &conv2d_backward_weight);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(convext, CPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(convext, SparseCPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(convext, SparseCsrCPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(convext, QuantizedCPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(convext, MkldnnCPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(convext, NestedTensorCPU, m) { register_ops(m); }
+
+}  // namespace convext::cpu

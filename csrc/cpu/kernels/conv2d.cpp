@@ -1,0 +1,32 @@
+#include "cpu/kernels/conv2d.h"
+
+#include <cstring>
+
+namespace convext::cpu {
+namespace {
+
+const char* does_all(const Conv2dCall&) { return nullptr; }
+
+constexpr Conv2dAlgorithm kAlgorithms[] = {
+    {"direct", "sums products where the operands lie; every problem; same bits on every ISA",
+     does_all, conv2d_direct},
+    {"im2col", "writes the convolution's matrix out, in blocks, and multiplies by our GEMM",
+     does_all, conv2d_im2col},
+};
+
+}  // namespace
+
+int conv2d_algorithm_count() { return sizeof kAlgorithms / sizeof kAlgorithms[0]; }
+
+const Conv2dAlgorithm& conv2d_algorithm(int index) { return kAlgorithms[index]; }
+
+const Conv2dAlgorithm* find_conv2d_algorithm(const char* name) {
+  for (const Conv2dAlgorithm& algorithm : kAlgorithms) {
+    if (std::strcmp(algorithm.name, name) == 0) return &algorithm;
+  }
+  return nullptr;
+}
+
+const Conv2dAlgorithm& choose_conv2d_algorithm(const Conv2dCall&) { return kAlgorithms[0]; }
+
+}  // namespace convext::cpu

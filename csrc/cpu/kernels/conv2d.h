@@ -1,0 +1,53 @@
+// Entry points of the CPU convolutions and the table of their algorithms.
+#pragma once
+
+#include <cstdint>
+
+#include "common/conv2d_problem.h"
+#include "common/types.h"
+#include "cpu/kernels/arena.h"
+#include "cpu/kernels/isa.h"
+
+namespace convext::cpu {
+
+// One pass over tensors that all have the same dtype and layout. Sizes are the problem's; a tensor the
+// pass does not read is null.
+struct Conv2dCall {
+  Conv2dProblem problem;
+  Conv2dPass pass;
+  DType dtype;
+  Layout layout;
+  const void* input;        // (N, C, H, W)                  forward, backward_weight
+  const void* weight;       // (O, C / groups, kH, kW)       forward, backward_input
+  const void* bias;         // (O), or null                  forward
+  const void* grad_output;  // (N, O, out H, out W)          both backward passes
+  void* output;             // what the pass computes
+  const IsaKernels* isa;
+  int64_t threads;  // shares the workspace out; never changes a bit of the result
+};
+
+struct Conv2dAlgorithm {
+  const char* name;
+  const char* summary;
+  // Null when it can do the call, else the reason it cannot.
+  const char* (*declines)(const Conv2dCall&);
+  // On a counting arena it only lays out its workspace; otherwise it also computes.
+  void (*run)(const Conv2dCall&, Arena&);
+};
+
+// Every algorithm, in the order in which documentation and tests walk them.
+int conv2d_algorithm_count();
+const Conv2dAlgorithm& conv2d_algorithm(int index);
+
+// Null when no algorithm has this name.
+const Conv2dAlgorithm* find_conv2d_algorithm(const char* name);
+
+// What "auto" means: a pure function of the call's problem, pass, dtype and layout.
+const Conv2dAlgorithm& choose_conv2d_algorithm(const Conv2dCall&);
+
+// conv2d_direct.cpp
+void conv2d_direct(const Conv2dCall&, Arena&);
+// conv2d_im2col.cpp
+void conv2d_im2col(const Conv2dCall&, Arena&);
+
+}  // namespace convext::cpu

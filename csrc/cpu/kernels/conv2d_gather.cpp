@@ -1,0 +1,270 @@
+#include "cpu/kernels/conv2d_gather.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace convext::cpu {
+namespace {
+
+// A block's slab stays in the second-level cache; its pixels make the tiles worth their set-up. Both
+// are constants, so that the cut, and with it every bit of a result, depends on the shape alone.
+constexpr int64_t kSlabBytes = 192 << 10;
+constexpr int64_t kBlockPixels = 256;
+
+int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }
+
+}  // namespace
+
+GatherAxis GatherAxis::forward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
+                               int64_t padding, int64_t dilation) {
+  return {in, out, kernel, stride,  padding, dilation, /*transposed=*/false, /*classes=*/1,
+          /*source_step=*/stride, /*origin=*/-padding, /*reach=*/(kernel - 1) * dilation + 1};
+}
+
+// Target i and kernel position k meet source (i + padding - k * dilation) / stride where that is whole.
+// With i = residue + stride * q it is q + shift, and the shift depends on the residue and k alone.
+GatherAxis GatherAxis::backward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
+                                int64_t padding, int64_t dilation) {
+  const int64_t classes = std::max<int64_t>(1, std::min(stride, in));
+  bool any = false;
+  int64_t low = 0, high = 0;
+  for (int64_t k = 0; k < kernel; ++k) {
+    const int64_t residue = floor_mod(k * dilation - padding, stride);
+    if (residue >= classes) continue;
+    const int64_t shift = (residue + padding - k * dilation) / stride;
+    low = any ? std::min(low, shift) : shift;
+    high = any ? std::max(high, shift) : shift;
+    any = true;
+  }
+  return {out, in, kernel, stride, padding, dilation, /*transposed=*/true, classes,
+          /*source_step=*/1, /*origin=*/low, /*reach=*/high - low + 1};
+}
+
+int64_t GatherAxis::tap(int64_t k, int64_t residue) const {
+  if (!transposed) return k * dilation;
+  const int64_t distance = residue + padding - k * dilation;
+  return distance % stride == 0 ? distance / stride - origin : -1;
+}
+
+template <class T>
+Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, GatherAxis x, Cut cut,
+                  Arena& arena)
+    : source_(source), channels_(channels), y_(y), x_(x) {
+  in_place_ = cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() &&
+              x.inside();
+  choose_blocks(cut);
+  slab_height_ = y_.slab_size(block_rows_);
+  slab_width_ = x_.slab_size(x_.target_size);
+  const int64_t width = in_place_ ? source.width : slab_width_;
+  const int64_t height = in_place_ ? source.height : slab_height_;
+  const int64_t depth = in_place_ ? source.channels : channels;
+  if (__builtin_mul_overflow(height, width, &stride_c_) ||
+      __builtin_mul_overflow(stride_c_, depth, &stride_n_)) {
+    arena.take<T>(-1);  // more than 64 bits can address
+    stride_n_ = stride_c_ = 0;
+  }
+  if (source.layout == Layout::nchw) {
+    stride_h_ = width;
+    stride_w_ = 1;
+  } else {
+    stride_c_ = 1;
+    stride_h_ = width * depth;
+    stride_w_ = depth;
+  }
+  list_taps(arena);
+  list_pixels(arena);
+}
+
+template <class T>
+void Gather<T>::choose_blocks(Cut cut) {
+  const int64_t height = y_.target_size, width = std::max<int64_t>(1, x_.target_size);
+  const auto slab_bytes = [&](int64_t rows) {
+    return double(y_.slab_size(rows)) * double(x_.slab_size(width)) * double(channels_) * sizeof(T);
+  };
+  block_images_ = 1;
+  block_rows_ = height;
+  if (cut == Cut::rows) {
+    const int64_t unit = y_.classes;  // keeps every block's rows in step with the residue classes
+    const int64_t enough = round_up(std::max<int64_t>(1, kBlockPixels / width), unit);
+    block_rows_ = std::min(height, enough);
+    while (block_rows_ > unit && slab_bytes(block_rows_) > kSlabBytes) {
+      block_rows_ = round_up(block_rows_ / 2, unit);
+    }
+  }
+  if (block_rows_ >= height && height > 0) {
+    const int64_t by_pixels = kBlockPixels / (height * width);
+    const double by_bytes = kSlabBytes / std::max(1.0, slab_bytes(height));
+    block_images_ = std::min<int64_t>(by_pixels, int64_t(std::min(by_bytes, 1e9)));
+    block_images_ = std::clamp<int64_t>(block_images_, 1, std::max<int64_t>(1, source_.batch));
+  }
+  blocks_across_ = ceil_div(source_.batch, block_images_);
+  blocks_down_ = block_rows_ > 0 ? ceil_div(height, block_rows_) : 0;
+}
+
+template <class T>
+Block Gather<T>::block(int64_t index) const {
+  const int64_t image = index / blocks_down_ * block_images_;
+  const int64_t row = index % blocks_down_ * block_rows_;
+  return {image, std::min(block_images_, source_.batch - image), row,
+          std::min(block_rows_, y_.target_size - row)};
+}
+
+template <class T>
+void Gather<T>::list_taps(Arena& arena) {
+  tap_start_ = arena.take<int64_t>(classes() + 1);
+  taps_ = arena.take<int64_t>(tap_total());
+  tap_weights_ = arena.take<int64_t>(tap_total());
+  if (arena.counting()) return;
+  int64_t count = 0;
+  for (int64_t residue = 0; residue < classes(); ++residue) {
+    tap_start_[residue] = count;
+    const int64_t residue_y = residue / x_.classes, residue_x = residue % x_.classes;
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t ky = 0; ky < y_.kernel; ++ky) {
+        const int64_t tap_y = y_.tap(ky, residue_y);
+        if (tap_y < 0) continue;
+        for (int64_t kx = 0; kx < x_.kernel; ++kx) {
+          const int64_t tap_x = x_.tap(kx, residue_x);
+          if (tap_x < 0) continue;
+          taps_[count] = c * stride_c_ + tap_y * stride_h_ + tap_x * stride_w_;
+          tap_weights_[count] = (c * y_.kernel + ky) * x_.kernel + kx;
+          ++count;
+        }
+      }
+    }
+  }
+  tap_start_[classes()] = count;
+}
+
+template <class T>
+void Gather<T>::list_pixels(Arena& arena) {
+  pixel_start_ = arena.take<int64_t>(classes());
+  pixel_sources_ = arena.take<int64_t>(most_pixels());
+  pixel_targets_ = arena.take<int64_t>(most_pixels());
+  if (arena.counting()) return;
+  const int64_t width = x_.target_size;
+  int64_t count = 0;
+  for (int64_t residue = 0; residue < classes(); ++residue) {
+    pixel_start_[residue] = count;
+    const int64_t residue_y = residue / x_.classes, residue_x = residue % x_.classes;
+    const int64_t rows = y_.class_count(block_rows_, residue_y);
+    const int64_t columns = x_.class_count(width, residue_x);
+    for (int64_t n = 0; n < block_images_; ++n) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t y = residue_y + i * y_.classes;
+        for (int64_t j = 0; j < columns; ++j) {
+          const int64_t x = residue_x + j * x_.classes;
+          pixel_sources_[count] =
+              n * stride_n_ + i * y_.source_step * stride_h_ + j * x_.source_step * stride_w_;
+          pixel_targets_[count] = (n * block_rows_ + y) * width + x;
+          ++count;
+        }
+      }
+    }
+  }
+}
+
+// Blocks hold either several whole images or rows of one, so a smaller last block is a prefix.
+template <class T>
+int64_t Gather<T>::pixel_count(const Block& b, int64_t residue) const {
+  return b.images * y_.class_count(b.rows, residue / x_.classes) *
+         x_.class_count(x_.target_size, residue % x_.classes);
+}
+
+template <class T>
+const T* Gather<T>::fill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel,
+                         T* slab) const {
+  const int64_t top = y_.slab_start(b.first_row), left = x_.slab_start(0);
+  const bool nchw = source_.layout == Layout::nchw;
+  if (in_place_) {
+    const T* image = static_cast<const T*>(source_.data) + b.first_image * stride_n_;
+    return image + first_channel * stride_c_ + top * stride_h_ + left * stride_w_;
+  }
+  const int64_t first = std::clamp<int64_t>(-left, 0, slab_width_);  // columns inside the source
+  const int64_t last = std::clamp<int64_t>(source_.width - left, first, slab_width_);
+  const int64_t height = y_.slab_size(b.rows);
+  // One row of pixels of one image, of one channel (nchw) or of all the group's (nhwc).
+  const auto fill_row = [&](int64_t image, int64_t c, int64_t y, T* row) {
+    const int64_t element = stride_w_;
+    const bool inside = top + y >= 0 && top + y < source_.height;
+    if (!inside) {
+      std::fill(row, row + slab_width_ * element, T(0));
+      return;
+    }
+    std::fill(row, row + first * element, T(0));
+    std::fill(row + last * element, row + slab_width_ * element, T(0));
+    if (nchw) {
+      const int64_t line = (image * source_.channels + first_channel + c) * source_.height + top + y;
+      isa.load(source_.dtype, source_.data, line * source_.width + left + first, row + first,
+               last - first);
+      return;
+    }
+    const int64_t line = image * source_.height + top + y;
+    const int64_t offset = (line * source_.width + left + first) * source_.channels + first_channel;
+    if (channels_ == source_.channels) {
+      isa.load(source_.dtype, source_.data, offset, row + first * element,
+               (last - first) * element);
+      return;
+    }
+    for (int64_t x = first; x < last; ++x) {
+      isa.load(source_.dtype, source_.data, offset + (x - first) * source_.channels,
+               row + x * element, channels_);
+    }
+  };
+  for (int64_t n = 0; n < b.images; ++n) {
+    T* image = slab + n * stride_n_;
+    for (int64_t c = 0; c < (nchw ? channels_ : 1); ++c) {
+      for (int64_t y = 0; y < height; ++y) {
+        fill_row(b.first_image + n, c, y, image + c * stride_c_ + y * stride_h_);
+      }
+    }
+  }
+  return slab;
+}
+
+template <class T>
+void Gather<T>::unfill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel,
+                       const T* slab, void* data) const {
+  const int64_t top = y_.slab_start(b.first_row), left = x_.slab_start(0);
+  const bool nchw = source_.layout == Layout::nchw;
+  const int64_t bytes = size_of(source_.dtype);
+  // Source columns that the slab covers; pixels outside the slab meet no tap, their gradient is zero.
+  const int64_t first = std::clamp<int64_t>(left, 0, source_.width);
+  const int64_t last = std::clamp<int64_t>(left + slab_width_, first, source_.width);
+  const auto store = [&](int64_t offset, const T* from, int64_t n) {
+    if (from) {
+      isa.store(from, source_.dtype, data, offset, n);
+    } else {
+      std::memset(static_cast<char*>(data) + offset * bytes, 0, n * bytes);
+    }
+  };
+  for (int64_t n = 0; n < b.images; ++n) {
+    const T* image = slab + n * stride_n_;
+    for (int64_t c = 0; c < (nchw ? channels_ : 1); ++c) {
+      for (int64_t y = 0; y < source_.height; ++y) {
+        const bool inside = y >= top && y < top + slab_height_;
+        const T* row = image + c * stride_c_ + (y - top) * stride_h_ - left * stride_w_;
+        const int64_t columns = inside ? last : 0, begin = inside ? first : 0;
+        if (nchw) {
+          const int64_t line = ((b.first_image + n) * source_.channels + first_channel + c) *
+                                   source_.height + y;
+          const int64_t offset = line * source_.width;
+          store(offset, nullptr, begin);
+          if (columns > begin) store(offset + begin, row + begin, columns - begin);
+          store(offset + columns, nullptr, source_.width - columns);
+        } else {
+          const int64_t line = (b.first_image + n) * source_.height + y;
+          for (int64_t x = 0; x < source_.width; ++x) {
+            store((line * source_.width + x) * source_.channels + first_channel,
+                  x >= begin && x < columns ? row + x * stride_w_ : nullptr, channels_);
+          }
+        }
+      }
+    }
+  }
+}
+
+template class Gather<float>;
+template class Gather<double>;
+
+}  // namespace convext::cpu

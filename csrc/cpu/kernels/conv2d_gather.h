@@ -1,0 +1,121 @@
+// How an output pixel finds the source elements it sums, for all three passes at once.
+//
+// A convolution reads, for output pixel p and tap t, the source element at (place of p) + (offset of
+// t): both are offsets into a zero-padded copy of a part of the source, the slab. With the two lists of
+// offsets in hand,
+//   forward          out[p][o]     = sum over t of slab[p + t] * weight[t][o]
+//   backward_weight  grad[t][o]    = sum over p of slab[p + t] * grad_output[p][o]
+//   backward_input   is a forward with grad_output as its source, once per residue class of the stride:
+//                    pixels whose coordinates are equal modulo the stride meet the same taps.
+// `direct` multiplies through the lists; `im2col` writes slab[p + t] out as the matrix it is.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+#include "cpu/kernels/arena.h"
+#include "cpu/kernels/conv2d_pack.h"
+#include "cpu/kernels/isa.h"
+
+namespace convext::cpu {
+
+// One spatial axis of a gather.
+struct GatherAxis {
+  int64_t source_size, target_size, kernel, stride, padding, dilation;
+  bool transposed;      // backward_input: from grad_output to grad_input
+  int64_t classes;      // residue classes of the target coordinate; 1 unless transposed
+  int64_t source_step;  // source distance of neighbouring targets of one class
+  int64_t origin;       // source coordinate of slab position 0 of a block that starts at target 0
+  int64_t reach;        // slab positions that the taps of one target span
+
+  static GatherAxis forward(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
+                            int64_t dilation);
+  static GatherAxis backward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
+                             int64_t padding, int64_t dilation);
+
+  // Slab offset at which targets of a class meet kernel position k, or -1 when they never do.
+  int64_t tap(int64_t k, int64_t residue) const;
+  // Targets of a class among the first `count` targets.
+  int64_t class_count(int64_t count, int64_t residue) const {
+    return count > residue ? ceil_div(count - residue, classes) : 0;
+  }
+  // Slab positions that a block of `count` targets needs.
+  int64_t slab_size(int64_t count) const {
+    return (class_count(count, 0) - 1) * source_step + reach;
+  }
+  // Source coordinate of slab position 0 for a block that starts at a multiple of `classes`.
+  int64_t slab_start(int64_t first) const { return first / classes * source_step + origin; }
+  // Whether no block of targets needs a position outside the source.
+  bool inside() const {
+    return origin >= 0 && slab_start(0) + slab_size(target_size) <= source_size;
+  }
+};
+
+// Some images, or some rows of one image, of the gather's target.
+struct Block {
+  int64_t first_image, images, first_row, rows;
+};
+
+// How the targets are cut into blocks, which bounds the workspace. Whole images make scatters of
+// different blocks disjoint.
+enum class Cut { rows, whole_images };
+
+template <class T>
+class Gather {
+ public:
+  // Lays its lists out in the arena, and fills them unless the arena counts. `channels` is the number
+  // of source channels of one group: the geometry is the same for every group.
+  Gather(const ImageTensor& source, int64_t channels, GatherAxis y, GatherAxis x, Cut cut,
+         Arena& arena);
+
+  int64_t block_count() const { return blocks_across_ * blocks_down_; }
+  Block block(int64_t index) const;
+  int64_t pixels(const Block& b) const { return b.images * b.rows * x_.target_size; }
+  int64_t most_pixels() const { return block_images_ * block_rows_ * x_.target_size; }
+
+  int64_t classes() const { return y_.classes * x_.classes; }
+
+  // Taps of a class, in the order channel, kernel row, kernel column: slab offsets, and the index
+  // (channel * kH + row) * kW + column of the weight that each meets.
+  int64_t tap_total() const { return channels_ * y_.kernel * x_.kernel; }
+  int64_t tap_start(int64_t residue) const { return tap_start_[residue]; }
+  int64_t tap_count(int64_t residue) const { return tap_start_[residue + 1] - tap_start_[residue]; }
+  const int64_t* taps(int64_t residue) const { return taps_ + tap_start_[residue]; }
+  const int64_t* tap_weights(int64_t residue) const { return tap_weights_ + tap_start_[residue]; }
+
+  // Pixels of a class within a block, in the order image, row, column: slab offsets, and indices among
+  // the block's pixels.
+  int64_t pixel_count(const Block& b, int64_t residue) const;
+  const int64_t* pixel_sources(int64_t residue) const {
+    return pixel_sources_ + pixel_start_[residue];
+  }
+  const int64_t* pixel_targets(int64_t residue) const {
+    return pixel_targets_ + pixel_start_[residue];
+  }
+
+  // Elements of a slab; 0 when blocks are read in place.
+  int64_t slab_size() const { return in_place_ ? 0 : block_images_ * stride_n_; }
+  // The slab of a block and of the channels from `first_channel` on: the source itself where nothing
+  // needs padding or conversion, else a copy made in `slab`.
+  const T* fill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel, T* slab) const;
+  // The transpose of fill: writes the unpadded part of a slab to a tensor of the source's shape.
+  void unfill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel, const T* slab,
+              void* data) const;
+
+ private:
+  void choose_blocks(Cut cut);
+  void list_taps(Arena& arena);
+  void list_pixels(Arena& arena);
+
+  ImageTensor source_;
+  int64_t channels_;
+  GatherAxis y_, x_;
+  bool in_place_;
+  int64_t block_images_, block_rows_, blocks_across_, blocks_down_;
+  int64_t stride_n_, stride_c_, stride_h_, stride_w_;  // of the slab
+  int64_t slab_height_, slab_width_;
+  int64_t *tap_start_, *taps_, *tap_weights_;
+  int64_t *pixel_start_, *pixel_sources_, *pixel_targets_;
+};
+
+}  // namespace convext::cpu

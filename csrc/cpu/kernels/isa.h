@@ -1,0 +1,98 @@
+// What each instruction set provides: one table of small vector kernels, one file per ISA that fills
+// it, and the choice among them, made once when the library is loaded.
+//
+// A new ISA: simd_NAME.h (the vector type), isa_NAME.cpp (a few lines), one line in isa.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace convext::cpu {
+
+// A block of a matrix product whose left operand is never laid out as a matrix: its element (row, t)
+// is source[rows[row] + taps[t]].
+//
+//   out[out_rows[row] * ld_out + lane] = init[lane] + sum over t of source[rows[row] + taps[t]] * panel[t][lane]
+//
+// Each sum is one chain of fused multiply-adds in the order of t. With `accumulate` the finished sum
+// is added to what out holds.
+template <class T>
+struct GatherTile {
+  const T* source;
+  const int64_t* rows;
+  const int64_t* taps;
+  int64_t tap_count;
+  const T* panel;  // [tap_count][vectors * lanes]
+  const T* init;   // [vectors * lanes], or null for zeros
+  T* out;
+  const int64_t* out_rows;  // places of the rows in out, or null for 0, 1, 2, ...
+  int64_t ld_out;           // elements between places
+  int row_count;
+  int vectors;  // 1 or 2
+  bool accumulate;
+};
+
+// Kernels for one accumulation type, float or double.
+template <class T>
+struct VectorKernels {
+  int lanes;  // of one vector
+
+  // Most rows of a gather tile with 1 and with 2 vectors.
+  int gather_rows[2];
+  void (*gather)(const GatherTile<T>&);
+
+  // c[rows][cols] (+)= a * b over k, from packed panels a[k][gemm_rows] and b[k][gemm_cols].
+  int gemm_rows, gemm_cols;
+  void (*gemm)(int64_t k, const T* a, const T* b, T* c, int64_t ld_c, int rows, int cols,
+               bool accumulate);
+
+  // to[c][r] = from[r][c]
+  void (*transpose)(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows,
+                    int64_t cols);
+
+  // n elements at element `offset` of a tensor of any dtype that accumulates in T.
+  void (*load)(DType dtype, const void* from, int64_t offset, T* to, int64_t n);
+  void (*store)(const T* from, DType dtype, void* to, int64_t offset, int64_t n);
+};
+
+struct IsaKernels {
+  const char* name;
+  bool (*runs_here)();  // does this CPU, and its operating system, have the instructions?
+  VectorKernels<float> f32;
+  VectorKernels<double> f64;
+
+  template <class T>
+  const VectorKernels<T>& of() const;
+};
+
+template <>
+inline const VectorKernels<float>& IsaKernels::of<float>() const {
+  return f32;
+}
+template <>
+inline const VectorKernels<double>& IsaKernels::of<double>() const {
+  return f64;
+}
+
+const IsaKernels& scalar_kernels();
+#if defined(__x86_64__)
+const IsaKernels& avx2_kernels();
+const IsaKernels& avx512_kernels();
+#endif
+
+// The table in use. The widest that this CPU runs, unless CONVEXT_CPU_ISA or set_isa() said otherwise.
+const IsaKernels& kernels();
+
+// All tables in the build, narrowest first.
+int isa_count();
+const IsaKernels& isa_at(int index);
+
+// False, with nothing changed, when no such ISA is in the build or the CPU cannot run it.
+bool set_isa(const char* name);
+
+// The value of CONVEXT_CPU_ISA if it was set and could not be followed, else null: the host turns it
+// into an import error.
+const char* refused_isa();
+
+}  // namespace convext::cpu

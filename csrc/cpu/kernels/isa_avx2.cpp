@@ -1,0 +1,36 @@
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/kernels/half.h"
+#include "cpu/kernels/isa.h"
+#include "cpu/kernels/target.h"
+
+CONVEXT_TARGET_BEGIN("avx2,fma,f16c")
+namespace convext::cpu::avx2 {
+namespace {
+#include "cpu/kernels/simd_avx2.h"
+#include "cpu/kernels/tiles.h"
+}  // namespace
+}  // namespace convext::cpu::avx2
+CONVEXT_TARGET_END
+
+namespace convext::cpu {
+
+const IsaKernels& avx2_kernels() {
+  static constexpr IsaKernels table{"avx2",
+                                [] {
+                                  return __builtin_cpu_supports("avx2") &&
+                                         __builtin_cpu_supports("fma") &&
+                                         __builtin_cpu_supports("f16c");
+                                },
+                                avx2::vector_kernels<float>(), avx2::vector_kernels<double>()};
+  return table;
+}
+
+}  // namespace convext::cpu
+
+#endif  // __x86_64__

@@ -1,0 +1,38 @@
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/kernels/half.h"
+#include "cpu/kernels/isa.h"
+#include "cpu/kernels/target.h"
+
+CONVEXT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace convext::cpu::avx512 {
+namespace {
+#include "cpu/kernels/simd_avx512.h"
+#include "cpu/kernels/tiles.h"
+}  // namespace
+}  // namespace convext::cpu::avx512
+CONVEXT_TARGET_END
+
+namespace convext::cpu {
+
+const IsaKernels& avx512_kernels() {
+  static constexpr IsaKernels table{"avx512",
+                                [] {
+                                  return __builtin_cpu_supports("avx512f") &&
+                                         __builtin_cpu_supports("avx512bw") &&
+                                         __builtin_cpu_supports("avx512dq") &&
+                                         __builtin_cpu_supports("avx512vl") &&
+                                         avx2_kernels().runs_here();
+                                },
+                                avx512::vector_kernels<float>(), avx512::vector_kernels<double>()};
+  return table;
+}
+
+}  // namespace convext::cpu
+
+#endif  // __x86_64__

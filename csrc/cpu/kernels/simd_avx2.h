@@ -1,0 +1,43 @@
+// The vector type on AVX2 + FMA + F16C. Included by isa_avx2.cpp only.
+#pragma once
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 8;
+  __m256 v;
+
+  CONVEXT_INLINE static Vec zero() { return {_mm256_setzero_ps()}; }
+  CONVEXT_INLINE static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  CONVEXT_INLINE static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  CONVEXT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int lanes = 4;
+  __m256d v;
+
+  CONVEXT_INLINE static Vec zero() { return {_mm256_setzero_pd()}; }
+  CONVEXT_INLINE static Vec broadcast(double x) { return {_mm256_set1_pd(x)}; }
+  CONVEXT_INLINE static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  CONVEXT_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
+};
+
+// a * b + c in one rounding
+CONVEXT_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+CONVEXT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm256_fmadd_pd(a.v, b.v, c.v)};
+}
+CONVEXT_INLINE Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.v, b.v)}; }
+CONVEXT_INLINE Vec<double> add(Vec<double> a, Vec<double> b) { return {_mm256_add_pd(a.v, b.v)}; }
+
+#include "cpu/kernels/simd_x86.h"
+
+// Rows of the register tiles: accumulators, two weights and a broadcast fill the 16 registers.
+constexpr int kGatherRows1 = 12, kGatherRows2 = 6;
+constexpr int kGemmRows = 6, kGemmVectors = 2;

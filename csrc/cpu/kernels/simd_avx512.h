@@ -1,0 +1,44 @@
+// The vector type on AVX-512 (F, BW, DQ, VL). Included by isa_avx512.cpp only.
+#pragma once
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 16;
+  __m512 v;
+
+  CONVEXT_INLINE static Vec zero() { return {_mm512_setzero_ps()}; }
+  CONVEXT_INLINE static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  CONVEXT_INLINE static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  CONVEXT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int lanes = 8;
+  __m512d v;
+
+  CONVEXT_INLINE static Vec zero() { return {_mm512_setzero_pd()}; }
+  CONVEXT_INLINE static Vec broadcast(double x) { return {_mm512_set1_pd(x)}; }
+  CONVEXT_INLINE static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  CONVEXT_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+};
+
+// a * b + c in one rounding
+CONVEXT_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+CONVEXT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+}
+CONVEXT_INLINE Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
+CONVEXT_INLINE Vec<double> add(Vec<double> a, Vec<double> b) { return {_mm512_add_pd(a.v, b.v)}; }
+
+// Transposes and conversions are bound by memory, where 256-bit vectors do as well.
+#include "cpu/kernels/simd_x86.h"
+
+// Rows of the register tiles: accumulators, two weights and a broadcast fill the 32 registers.
+constexpr int kGatherRows1 = 24, kGatherRows2 = 14;
+constexpr int kGemmRows = 14, kGemmVectors = 2;

@@ -1,0 +1,44 @@
+// The vector type in portable C++. Every operation rounds as the vector units do (std::fma is one
+// rounding), so that results agree to the bit with the other ISAs wherever the order of sums agrees.
+// Included by isa_scalar.cpp only.
+#pragma once
+
+template <class T>
+struct Vec {
+  static constexpr int lanes = 4;
+  T v[lanes];
+
+  static Vec zero() { return broadcast(T(0)); }
+  static Vec broadcast(T x) { return {{x, x, x, x}}; }
+  static Vec load(const T* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  void store(T* p) const {
+    for (int i = 0; i < lanes; ++i) p[i] = v[i];
+  }
+};
+
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) c.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+
+template <class T>
+inline Vec<T> add(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
+// Square block of a transpose: to[c][r] = from[r][c].
+constexpr int kTransposeBlock = 1;
+template <class T>
+inline void transpose_block(const T* from, int64_t, T* to, int64_t) {
+  *to = *from;
+}
+
+// Converts as many leading elements as vectors cover; the rest is the caller's.
+inline int64_t load_vectors(DType, const uint16_t*, float*, int64_t) { return 0; }
+inline int64_t store_vectors(const float*, DType, uint16_t*, int64_t) { return 0; }
+
+// Rows of the register tiles.
+constexpr int kGatherRows1 = 4, kGatherRows2 = 2;
+constexpr int kGemmRows = 4, kGemmVectors = 1;

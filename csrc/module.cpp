@@ -1,0 +1,89 @@
+// The Python module convext._C. Importing it runs the registrations of the ops; what it exports are
+// facts about the build and the tables of algorithms, never anything on the layers' path, since a
+// pybind11 call breaks a torch.compile graph.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/isa.h"
+#include "last_algorithm.h"
+
+namespace py = pybind11;
+
+namespace convext {
+namespace {
+
+py::tuple names_of_isas(bool only_running_here) {
+  py::list names;
+  for (int i = 0; i < cpu::isa_count(); ++i) {
+    const cpu::IsaKernels& isa = cpu::isa_at(i);
+    if (!only_running_here || isa.runs_here()) names.append(isa.name);
+  }
+  return py::tuple(names);
+}
+
+std::string joined(const py::tuple& names) {
+  return py::str(", ").attr("join")(names).cast<std::string>();
+}
+
+py::tuple cpu_algorithms() {
+  py::list names;
+  for (int i = 0; i < cpu::conv2d_algorithm_count(); ++i) {
+    names.append(cpu::conv2d_algorithm(i).name);
+  }
+  return py::tuple(names);
+}
+
+void set_cpu_isa(const std::string& name) {
+  if (cpu::set_isa(name.c_str())) return;
+  throw py::value_error("no CPU ISA \"" + name + "\" that this machine runs; expected one of: " +
+                        joined(names_of_isas(true)));
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["convext"] = CONVEXT_VERSION;
+  info["torch"] = CONVEXT_TORCH_VERSION;
+#ifdef CONVEXT_CUDA_VERSION
+  info["cuda"] = CONVEXT_CUDA_VERSION;
+  info["cuda_archs"] = CONVEXT_CUDA_ARCHS;
+#else
+  info["cuda"] = py::none();
+  info["cuda_archs"] = py::none();
+#endif
+  info["compiler"] = __VERSION__;
+#ifdef _OPENMP
+  info["threads"] = "OpenMP";
+#else
+  info["threads"] = "none";
+#endif
+  info["cpu_isas"] = names_of_isas(false);
+  info["cpu_isa"] = cpu::kernels().name;
+  return info;
+}
+
+py::object last(Conv2dPass pass) {
+  const char* name = last_algorithm(pass);
+  return name ? py::object(py::str(name)) : py::none();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  if (const char* refused = cpu::refused_isa()) {
+    throw py::import_error("CONVEXT_CPU_ISA=" + std::string(refused) +
+                           " cannot be followed; this machine runs: " + joined(names_of_isas(true)));
+  }
+  m.def("build_info", &build_info);
+  m.def("cpu_algorithms", &cpu_algorithms);
+  m.def("cpu_isas", [] { return names_of_isas(true); });
+  m.def("cpu_isa", [] { return cpu::kernels().name; });
+  m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("last_algorithms", [] {
+    return py::make_tuple(last(Conv2dPass::forward), last(Conv2dPass::backward_input),
+                          last(Conv2dPass::backward_weight));
+  });
+}
+
+}  // namespace convext

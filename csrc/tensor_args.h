@@ -1,0 +1,47 @@
+// From tensors and integers that anybody may pass to torch.ops.convext.* to a checked problem. The
+// only such place: past it, kernels trust what they are given.
+//
+// Every check raises what PyTorch's own layer raises in kind, naming the argument, the value and what
+// was expected.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "common/conv2d_problem.h"
+#include "common/types.h"
+
+namespace convext {
+
+// Arguments of a convolution besides its tensors, as they came.
+struct Conv2dSettings {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+// A dense, strided, readable tensor of a dtype that the kernels know, else an exception. Tensors after
+// the first must also be on the same device as `like` and, unless `any_float`, of the same dtype.
+void check_tensor(const char* op, const char* name, const at::Tensor& tensor);
+void check_tensor_like(const char* op, const char* name, const at::Tensor& tensor,
+                       const char* like_name, const at::Tensor& like);
+void check_device(const char* op, const char* name, const at::Tensor& tensor,
+                  const char* like_name, const at::Tensor& like);
+
+DType dtype_of(const at::Tensor& checked);
+
+// channels_last when any of the tensors is, as PyTorch's convolutions decide.
+at::MemoryFormat common_memory_format(at::ArrayRef<at::Tensor> tensors);
+Layout layout_of(at::MemoryFormat format);
+
+Conv2dProblem check_conv2d(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const Conv2dSettings& settings);
+Conv2dProblem check_conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor& weight,
+                                          at::IntArrayRef input_size,
+                                          const Conv2dSettings& settings);
+Conv2dProblem check_conv2d_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,
+                                           at::IntArrayRef weight_size,
+                                           const Conv2dSettings& settings);
+void check_conv2d_backward_bias(const at::Tensor& grad_output);
+
+}  // namespace convext
