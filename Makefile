@@ -12,6 +12,8 @@ PYTHON ?= python3
 TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),torch==2.13.0)
 MAX_JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export MAX_JOBS
+# As if .venv were activated: one ninja for every build, whatever else is installed.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # With its folders, whose times tell that a file was added or removed.

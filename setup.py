@@ -30,6 +30,9 @@ except ModuleNotFoundError as error:
 
     torch = None
 
+# `.venv/bin/pip` without the venv activated would miss the ninja that is installed there.
+os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0")
