@@ -4,12 +4,27 @@
 `convext.replace_layers(model)` swaps them into a model that exists.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from convext._build_check import check_build
 
 check_build()
 
-from convext import _C, functional  # noqa: E402
+from convext import _C, functional
+from convext import fake as fake  # registers shape functions
+from convext.algorithms import algorithms, build_info, last_algorithm
+from convext.nn import BatchNorm2d, Conv2d, LazyBatchNorm2d, LazyConv2d
+from convext.replace import replace_layers, restore_layers
 
-__all__ = ["functional"]
+__version__ = _C.build_info()["convext"]
+
+__all__ = [
+    "BatchNorm2d",
+    "Conv2d",
+    "LazyBatchNorm2d",
+    "LazyConv2d",
+    "algorithms",
+    "build_info",
+    "functional",
+    "last_algorithm",
+    "replace_layers",
+    "restore_layers",
+]

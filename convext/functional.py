@@ -6,7 +6,7 @@ what they are given (csrc/tensor_args.cpp).
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 _ops = torch.ops.convext
 
@@ -41,8 +41,8 @@ def conv2d(
         weight: (out_channels, in_channels / groups, kH, kW), of input's dtype.
         bias: (out_channels), of input's dtype, or None.
         stride, padding, dilation: an int for both axes or (height, width). padding may be "valid"
-            (none) or "same" (output as large as input; as in PyTorch for stride 1 only, and where the
-            total is odd the extra zero goes to the bottom and the right).
+            (none) or "same" (output as large as input; as in PyTorch for stride 1 only, and where
+            the total is odd the extra zero goes to the bottom and the right).
         groups: blocks of connections between input and output channels.
         algorithm: "auto", or one of `convext.algorithms()`, also used for the gradients.
 
@@ -66,9 +66,7 @@ def conv2d(
         input = input.unsqueeze(0)
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, stride, padding, dilation)
-    output = _ops.conv2d(
-        input, weight, bias, stride, _pair(padding), dilation, groups, algorithm
-    )
+    output = _ops.conv2d(input, weight, bias, stride, _pair(padding), dilation, groups, algorithm)
     return output.squeeze(0) if unbatched else output
 
 
@@ -102,8 +100,9 @@ def batch_norm(
 ) -> Tensor:
     """Batch normalization (Ioffe and Szegedy, 2015), as `torch.nn.functional.batch_norm`.
 
-    Every channel is shifted and scaled to mean 0 and variance 1, over all other axes of the batch in
-    training and by the running statistics otherwise, then multiplied by weight and shifted by bias.
+    Every channel is shifted and scaled to mean 0 and variance 1, over all other axes of the batch
+    in training and by the running statistics otherwise, then multiplied by weight and shifted by
+    bias.
 
     Args:
         input: (N, C, *) of float32, float64, bfloat16 or float16.

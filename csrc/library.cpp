@@ -1,5 +1,5 @@
-// Every op's schema. Kernels register themselves: csrc/autograd for the Autograd key, csrc/cpu for the
-// CPU, convext/fake.py for torch.compile and torch.export.
+// Every op's schema. Kernels register themselves: csrc/autograd for the Autograd key, csrc/cpu for
+// the CPU, convext/fake.py for torch.compile and torch.export.
 #include <torch/library.h>
 
 TORCH_LIBRARY(convext, m) {
@@ -8,10 +8,12 @@ TORCH_LIBRARY(convext, m) {
   // The convolution and its derivatives. Bilinear, so that these are closed under differentiation.
   def("conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, str algorithm=\"auto\") -> Tensor");
-  def("conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[] input_size, int[2] stride, "
+  def("conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[] input_size, int[2] "
+      "stride, "
       "int[2] padding, int[2] dilation, int groups, str algorithm=\"auto\") -> Tensor");
   def("conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[] weight_size, "
-      "int[2] stride, int[2] padding, int[2] dilation, int groups, str algorithm=\"auto\") -> Tensor");
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, str algorithm=\"auto\") -> "
+      "Tensor");
   def("conv2d_backward_bias(Tensor grad_output) -> Tensor");
 
   // Batch norm. mean and var (biased) have the dtype in which sums are accumulated. They carry no

@@ -72,8 +72,9 @@ py::object last(Conv2dPass pass) {
 
 PYBIND11_MODULE(_C, m) {
   if (const char* refused = cpu::refused_isa()) {
-    throw py::import_error("CONVEXT_CPU_ISA=" + std::string(refused) +
-                           " cannot be followed; this machine runs: " + joined(names_of_isas(true)));
+    throw py::import_error(
+        "CONVEXT_CPU_ISA=" + std::string(refused) +
+        " cannot be followed; this machine runs: " + joined(names_of_isas(true)));
   }
   m.def("build_info", &build_info);
   m.def("cpu_algorithms", &cpu_algorithms);

@@ -25,9 +25,9 @@ void check_storage(const char* op, const char* name, const at::Tensor& tensor) {
   if (tensor.numel() == 0) return;
   int64_t last = tensor.storage_offset();
   for (int64_t d = 0; d < tensor.dim(); ++d) {
-    last = checked_add(op, "the extent of a tensor", last,
-                       checked_mul(op, "the extent of a tensor", tensor.size(d) - 1,
-                                   tensor.stride(d)));
+    last = checked_add(
+        op, "the extent of a tensor", last,
+        checked_mul(op, "the extent of a tensor", tensor.size(d) - 1, tensor.stride(d)));
   }
   const int64_t needed = checked_mul(op, "the extent of a tensor", last + 1, tensor.itemsize());
   const int64_t held = int64_t(tensor.storage().nbytes());
@@ -37,8 +37,8 @@ void check_storage(const char* op, const char* name, const at::Tensor& tensor) {
 
 void check_pair(const char* op, const char* name, at::IntArrayRef values, int64_t least,
                 const char* expected) {
-  TORCH_CHECK(values.size() == 2, op, "(): ", name,
-              " must have 2 elements (height, width), got ", values);
+  TORCH_CHECK(values.size() == 2, op, "(): ", name, " must have 2 elements (height, width), got ",
+              values);
   TORCH_CHECK(values[0] >= least && values[1] >= least, op, "(): ", expected, ": ", name, " is ",
               values);
 }
@@ -46,17 +46,17 @@ void check_pair(const char* op, const char* name, at::IntArrayRef values, int64_
 // One spatial axis: whether the kernel fits, and that no later arithmetic can overflow.
 void check_axis(const char* op, const char* axis, int64_t input, int64_t kernel, int64_t padding,
                 int64_t dilation) {
-  const int64_t padded =
-      checked_add(op, "the padded input size", input,
-                  checked_mul(op, "the padded input size", padding, 2));
-  const int64_t reach = checked_add(
-      op, "the dilated kernel size",
-      checked_mul(op, "the dilated kernel size", dilation, kernel - 1), 1);
+  const int64_t padded = checked_add(op, "the padded input size", input,
+                                     checked_mul(op, "the padded input size", padding, 2));
+  const int64_t reach =
+      checked_add(op, "the dilated kernel size",
+                  checked_mul(op, "the dilated kernel size", dilation, kernel - 1), 1);
   TORCH_CHECK(padded < (int64_t(1) << 61), op, "(): padded input ", axis, " ", padded,
               " is too large");
-  TORCH_CHECK(reach <= padded, op, "(): Kernel size can't be greater than actual input size: padded ",
-              axis, " of the input is ", padded, ", of the dilated kernel ", reach, " (kernel ",
-              kernel, ", dilation ", dilation, ", padding ", padding, ")");
+  TORCH_CHECK(reach <= padded, op,
+              "(): Kernel size can't be greater than actual input size: padded ", axis,
+              " of the input is ", padded, ", of the dilated kernel ", reach, " (kernel ", kernel,
+              ", dilation ", dilation, ", padding ", padding, ")");
 }
 
 Conv2dProblem make_problem(const char* op, at::IntArrayRef input, at::IntArrayRef weight,
@@ -123,8 +123,8 @@ void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(!tensor.is_nested(), op, "(): ", name, " must be a dense tensor, got a nested one");
   TORCH_CHECK(tensor.layout() == at::kStrided, op, "(): ", name,
               " must be a dense (strided) tensor, got layout ", tensor.layout());
-  TORCH_CHECK(!tensor.is_quantized(), op, "(): ", name,
-              " must not be quantized, got dtype ", tensor.scalar_type());
+  TORCH_CHECK(!tensor.is_quantized(), op, "(): ", name, " must not be quantized, got dtype ",
+              tensor.scalar_type());
   switch (tensor.scalar_type()) {
     case at::kFloat:
     case at::kDouble:
@@ -132,14 +132,15 @@ void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
     case at::kHalf:
       break;
     default:
-      TORCH_CHECK(false, op, "(): ", name, " must have dtype float32, float64, bfloat16 or float16, got ",
+      TORCH_CHECK(false, op, "(): ", name,
+                  " must have dtype float32, float64, bfloat16 or float16, got ",
                   tensor.scalar_type());
   }
   if (tensor.has_storage() && !tensor.is_meta()) check_storage(op, name, tensor);
 }
 
-void check_device(const char* op, const char* name, const at::Tensor& tensor,
-                  const char* like_name, const at::Tensor& like) {
+void check_device(const char* op, const char* name, const at::Tensor& tensor, const char* like_name,
+                  const at::Tensor& like) {
   TORCH_CHECK(tensor.device() == like.device(), op, "(): expected ", name, " on the device of ",
               like_name, ", ", like.device(), ", got ", tensor.device());
 }
@@ -187,8 +188,9 @@ Conv2dProblem check_conv2d(const at::Tensor& input, const at::Tensor& weight,
   if (bias) {
     check_tensor_like(op, "bias", *bias, "input", input);
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == problem.out_channels, op,
-                "(): Given weight of size ", weight.sizes(), ", expected bias to be 1-dimensional with ",
-                problem.out_channels, " elements, but got bias of size ", bias->sizes(), " instead");
+                "(): Given weight of size ", weight.sizes(),
+                ", expected bias to be 1-dimensional with ", problem.out_channels,
+                " elements, but got bias of size ", bias->sizes(), " instead");
   }
   return problem;
 }

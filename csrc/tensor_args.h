@@ -1,8 +1,8 @@
 // From tensors and integers that anybody may pass to torch.ops.convext.* to a checked problem. The
 // only such place: past it, kernels trust what they are given.
 //
-// Every check raises what PyTorch's own layer raises in kind, naming the argument, the value and what
-// was expected.
+// Every check raises what PyTorch's own layer raises in kind, naming the argument, the value and
+// what was expected.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,13 +20,14 @@ struct Conv2dSettings {
   int64_t groups;
 };
 
-// A dense, strided, readable tensor of a dtype that the kernels know, else an exception. Tensors after
-// the first must also be on the same device as `like` and, unless `any_float`, of the same dtype.
+// A dense, strided, readable tensor of a dtype that the kernels know, else an exception. Tensors
+// after the first must also be on the same device as `like` and, unless `any_float`, of the same
+// dtype.
 void check_tensor(const char* op, const char* name, const at::Tensor& tensor);
 void check_tensor_like(const char* op, const char* name, const at::Tensor& tensor,
                        const char* like_name, const at::Tensor& like);
-void check_device(const char* op, const char* name, const at::Tensor& tensor,
-                  const char* like_name, const at::Tensor& like);
+void check_device(const char* op, const char* name, const at::Tensor& tensor, const char* like_name,
+                  const at::Tensor& like);
 
 DType dtype_of(const at::Tensor& checked);
 

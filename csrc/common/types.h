@@ -7,8 +7,8 @@ namespace convext {
 
 enum class DType { float32, float64, bfloat16, float16 };
 
-// Where the channels lie: nchw is PyTorch's contiguous format, nhwc its channels_last. Weights follow
-// the same rule with (N, C, H, W) read as (out_channels, in_channels / groups, kH, kW).
+// Where the channels lie: nchw is PyTorch's contiguous format, nhwc its channels_last. Weights
+// follow the same rule with (N, C, H, W) read as (out_channels, in_channels / groups, kH, kW).
 enum class Layout { nchw, nhwc };
 
 inline int64_t size_of(DType dtype) {
@@ -22,7 +22,11 @@ inline int64_t size_of(DType dtype) {
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 }  // namespace convext

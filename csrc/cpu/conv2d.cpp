@@ -78,8 +78,8 @@ Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              std::string_view algorithm) {
   const at::IntArrayRef size = C10_AS_INTARRAYREF_SLOW(input_size);
-  const Conv2dProblem problem = check_conv2d_backward_input(grad_output, weight, size,
-                                                            {stride, padding, dilation, groups});
+  const Conv2dProblem problem =
+      check_conv2d_backward_input(grad_output, weight, size, {stride, padding, dilation, groups});
   const at::MemoryFormat format = common_memory_format({grad_output, weight});
   const Tensor g = grad_output.contiguous(format), w = weight.contiguous(format);
   const Tensor grad_input = at::empty(size, grad_output.options().memory_format(format));
@@ -103,8 +103,8 @@ Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                               std::string_view algorithm) {
   const at::IntArrayRef size = C10_AS_INTARRAYREF_SLOW(weight_size);
-  const Conv2dProblem problem = check_conv2d_backward_weight(grad_output, input, size,
-                                                             {stride, padding, dilation, groups});
+  const Conv2dProblem problem =
+      check_conv2d_backward_weight(grad_output, input, size, {stride, padding, dilation, groups});
   const at::MemoryFormat format = common_memory_format({grad_output, input});
   const Tensor g = grad_output.contiguous(format), x = input.contiguous(format);
   const Tensor grad_weight = at::empty(size, grad_output.options().memory_format(format));
@@ -123,7 +123,8 @@ Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
   return grad_weight;
 }
 
-// Sparse, quantized and the like also come here, so that tensor_args can say what is wrong with them.
+// Sparse, quantized and the like also come here, so that tensor_args can say what is wrong with
+// them.
 void register_ops(torch::Library& m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv2d_backward_input", &conv2d_backward_input);
@@ -132,11 +133,23 @@ void register_ops(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(convext, CPU, m) { register_ops(m); }
-TORCH_LIBRARY_IMPL(convext, SparseCPU, m) { register_ops(m); }
-TORCH_LIBRARY_IMPL(convext, SparseCsrCPU, m) { register_ops(m); }
-TORCH_LIBRARY_IMPL(convext, QuantizedCPU, m) { register_ops(m); }
-TORCH_LIBRARY_IMPL(convext, MkldnnCPU, m) { register_ops(m); }
-TORCH_LIBRARY_IMPL(convext, NestedTensorCPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(convext, CPU, m) {
+  register_ops(m);
+}
+TORCH_LIBRARY_IMPL(convext, SparseCPU, m) {
+  register_ops(m);
+}
+TORCH_LIBRARY_IMPL(convext, SparseCsrCPU, m) {
+  register_ops(m);
+}
+TORCH_LIBRARY_IMPL(convext, QuantizedCPU, m) {
+  register_ops(m);
+}
+TORCH_LIBRARY_IMPL(convext, MkldnnCPU, m) {
+  register_ops(m);
+}
+TORCH_LIBRARY_IMPL(convext, NestedTensorCPU, m) {
+  register_ops(m);
+}
 
 }  // namespace convext::cpu

@@ -5,7 +5,9 @@
 namespace convext::cpu {
 namespace {
 
-const char* does_all(const Conv2dCall&) { return nullptr; }
+const char* does_all(const Conv2dCall&) {
+  return nullptr;
+}
 
 constexpr Conv2dAlgorithm kAlgorithms[] = {
     {"direct", "sums products where the operands lie; every problem; same bits on every ISA",
@@ -16,9 +18,13 @@ constexpr Conv2dAlgorithm kAlgorithms[] = {
 
 }  // namespace
 
-int conv2d_algorithm_count() { return sizeof kAlgorithms / sizeof kAlgorithms[0]; }
+int conv2d_algorithm_count() {
+  return sizeof kAlgorithms / sizeof kAlgorithms[0];
+}
 
-const Conv2dAlgorithm& conv2d_algorithm(int index) { return kAlgorithms[index]; }
+const Conv2dAlgorithm& conv2d_algorithm(int index) {
+  return kAlgorithms[index];
+}
 
 const Conv2dAlgorithm* find_conv2d_algorithm(const char* name) {
   for (const Conv2dAlgorithm& algorithm : kAlgorithms) {
@@ -27,6 +33,8 @@ const Conv2dAlgorithm* find_conv2d_algorithm(const char* name) {
   return nullptr;
 }
 
-const Conv2dAlgorithm& choose_conv2d_algorithm(const Conv2dCall&) { return kAlgorithms[0]; }
+const Conv2dAlgorithm& choose_conv2d_algorithm(const Conv2dCall&) {
+  return kAlgorithms[0];
+}
 
 }  // namespace convext::cpu

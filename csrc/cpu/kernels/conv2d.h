@@ -10,8 +10,8 @@
 
 namespace convext::cpu {
 
-// One pass over tensors that all have the same dtype and layout. Sizes are the problem's; a tensor the
-// pass does not read is null.
+// One pass over tensors that all have the same dtype and layout. Sizes are the problem's; a tensor
+// the pass does not read is null.
 struct Conv2dCall {
   Conv2dProblem problem;
   Conv2dPass pass;

@@ -1,7 +1,7 @@
 // Direct convolution: products are summed where the operands lie, with no matrix laid out. Vector
 // lanes run across output channels (input channels in backward_input), never across a sum, so every
-// result is one chain of fused multiply-adds in the order channel, kernel row, kernel column, and has
-// the same bits on every ISA.
+// result is one chain of fused multiply-adds in the order channel, kernel row, kernel column, and
+// has the same bits on every ISA.
 #include "cpu/kernels/conv2d_driver.h"
 
 namespace convext::cpu {
@@ -35,7 +35,8 @@ class DirectProduct {
     }
   }
 
-  // Panels [class][tile of lanes][tap][lanes of the tile], so that a tile reads its weights in order.
+  // Panels [class][tile of lanes][tap][lanes of the tile], so that a tile reads its weights in
+  // order.
   void prepare(int64_t group, const T* filters) {
     starts_[group] = filters;
     if (!panels_) return;

@@ -1,6 +1,6 @@
-// The loops that direct and im2col share: cut the work into blocks, hand each to a thread with its own
-// scratch, bring tensors into matrix form and results back. An algorithm supplies a Product, the
-// multiplication of one block.
+// The loops that direct and im2col share: cut the work into blocks, hand each to a thread with its
+// own scratch, bring tensors into matrix form and results back. An algorithm supplies a Product,
+// the multiplication of one block.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ inline ImageTensor input_tensor(const Conv2dCall& call) {
 
 inline ImageTensor grad_output_tensor(const Conv2dCall& call) {
   const Conv2dProblem& p = call.problem;
-  return {call.grad_output, call.dtype,       call.layout,    p.batch,
+  return {call.grad_output, call.dtype,     call.layout,  p.batch,
           p.out_channels,   p.out_height(), p.out_width()};
 }
 
@@ -52,8 +52,8 @@ Gather<T> backward_gather(const Conv2dCall& call, Arena& arena) {
                    Cut::rows, arena);
 }
 
-// Slots are equal shares of a list of items, at most one per thread and none too small to be worth a
-// thread's start. An item's result does not depend on the slot that computes it.
+// Slots are equal shares of a list of items, at most one per thread and none too small to be worth
+// a thread's start. An item's result does not depend on the slot that computes it.
 inline int64_t slot_count(const Conv2dCall& call, int64_t items) {
   constexpr double kWorthAThread = 64 * 1024;  // multiply-adds
   const GemmShape shape = call.problem.gemm(call.pass);
@@ -155,14 +155,14 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   });
 }
 
-// The pass whose results are weights. Blocks of pixels are summed in order within a split, and splits
-// in order at the end; the number of splits depends on the shape alone.
+// The pass whose results are weights. Blocks of pixels are summed in order within a split, and
+// splits in order at the end; the number of splits depends on the shape alone.
 //
 // Product<T>::Scratch as above; static kLanes(isa): filters that one accumulate call takes at most.
 //   Product<T>::accumulate(gather, block, slab, rows, width, first, partial, ld, isa, scratch)
 template <class T, template <class> class Product>
 void compute_weights(const Conv2dCall& call, Arena& arena) {
-  constexpr int64_t kRange = 64;      // filters that one item computes
+  constexpr int64_t kRange = 64;  // filters that one item computes
   constexpr int64_t kMostSplits = 16;
   constexpr int64_t kMostPartials = int64_t(1) << 22;  // elements
   const VectorKernels<T>& isa = call.isa->of<T>();

@@ -6,23 +6,36 @@
 namespace convext::cpu {
 namespace {
 
-// A block's slab stays in the second-level cache; its pixels make the tiles worth their set-up. Both
-// are constants, so that the cut, and with it every bit of a result, depends on the shape alone.
+// A block's slab stays in the second-level cache; its pixels make the tiles worth their set-up.
+// Both are constants, so that the cut, and with it every bit of a result, depends on the shape
+// alone.
 constexpr int64_t kSlabBytes = 192 << 10;
 constexpr int64_t kBlockPixels = 256;
 
-int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }
+int64_t floor_mod(int64_t a, int64_t b) {
+  return (a % b + b) % b;
+}
 
 }  // namespace
 
 GatherAxis GatherAxis::forward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
                                int64_t padding, int64_t dilation) {
-  return {in, out, kernel, stride,  padding, dilation, /*transposed=*/false, /*classes=*/1,
-          /*source_step=*/stride, /*origin=*/-padding, /*reach=*/(kernel - 1) * dilation + 1};
+  return {in,
+          out,
+          kernel,
+          stride,
+          padding,
+          dilation,
+          /*transposed=*/false,
+          /*classes=*/1,
+          /*source_step=*/stride,
+          /*origin=*/-padding,
+          /*reach=*/(kernel - 1) * dilation + 1};
 }
 
-// Target i and kernel position k meet source (i + padding - k * dilation) / stride where that is whole.
-// With i = residue + stride * q it is q + shift, and the shift depends on the residue and k alone.
+// Target i and kernel position k meet source (i + padding - k * dilation) / stride where that is
+// whole. With i = residue + stride * q it is q + shift, and the shift depends on the residue and k
+// alone.
 GatherAxis GatherAxis::backward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
                                 int64_t padding, int64_t dilation) {
   const int64_t classes = std::max<int64_t>(1, std::min(stride, in));
@@ -36,8 +49,17 @@ GatherAxis GatherAxis::backward(int64_t in, int64_t out, int64_t kernel, int64_t
     high = any ? std::max(high, shift) : shift;
     any = true;
   }
-  return {out, in, kernel, stride, padding, dilation, /*transposed=*/true, classes,
-          /*source_step=*/1, /*origin=*/low, /*reach=*/high - low + 1};
+  return {out,
+          in,
+          kernel,
+          stride,
+          padding,
+          dilation,
+          /*transposed=*/true,
+          classes,
+          /*source_step=*/1,
+          /*origin=*/low,
+          /*reach=*/high - low + 1};
 }
 
 int64_t GatherAxis::tap(int64_t k, int64_t residue) const {
@@ -50,8 +72,8 @@ template <class T>
 Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, GatherAxis x, Cut cut,
                   Arena& arena)
     : source_(source), channels_(channels), y_(y), x_(x) {
-  in_place_ = cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() &&
-              x.inside();
+  in_place_ =
+      cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() && x.inside();
   choose_blocks(cut);
   slab_height_ = y_.slab_size(block_rows_);
   slab_width_ = x_.slab_size(x_.target_size);
@@ -194,7 +216,8 @@ const T* Gather<T>::fill(const VectorKernels<T>& isa, const Block& b, int64_t fi
     std::fill(row, row + first * element, T(0));
     std::fill(row + last * element, row + slab_width_ * element, T(0));
     if (nchw) {
-      const int64_t line = (image * source_.channels + first_channel + c) * source_.height + top + y;
+      const int64_t line =
+          (image * source_.channels + first_channel + c) * source_.height + top + y;
       isa.load(source_.dtype, source_.data, line * source_.width + left + first, row + first,
                last - first);
       return;
@@ -228,7 +251,8 @@ void Gather<T>::unfill(const VectorKernels<T>& isa, const Block& b, int64_t firs
   const int64_t top = y_.slab_start(b.first_row), left = x_.slab_start(0);
   const bool nchw = source_.layout == Layout::nchw;
   const int64_t bytes = size_of(source_.dtype);
-  // Source columns that the slab covers; pixels outside the slab meet no tap, their gradient is zero.
+  // Source columns that the slab covers; pixels outside the slab meet no tap, their gradient is
+  // zero.
   const int64_t first = std::clamp<int64_t>(left, 0, source_.width);
   const int64_t last = std::clamp<int64_t>(left + slab_width_, first, source_.width);
   const auto store = [&](int64_t offset, const T* from, int64_t n) {
@@ -246,8 +270,8 @@ void Gather<T>::unfill(const VectorKernels<T>& isa, const Block& b, int64_t firs
         const T* row = image + c * stride_c_ + (y - top) * stride_h_ - left * stride_w_;
         const int64_t columns = inside ? last : 0, begin = inside ? first : 0;
         if (nchw) {
-          const int64_t line = ((b.first_image + n) * source_.channels + first_channel + c) *
-                                   source_.height + y;
+          const int64_t line =
+              ((b.first_image + n) * source_.channels + first_channel + c) * source_.height + y;
           const int64_t offset = line * source_.width;
           store(offset, nullptr, begin);
           if (columns > begin) store(offset + begin, row + begin, columns - begin);

@@ -1,11 +1,12 @@
 // How an output pixel finds the source elements it sums, for all three passes at once.
 //
-// A convolution reads, for output pixel p and tap t, the source element at (place of p) + (offset of
-// t): both are offsets into a zero-padded copy of a part of the source, the slab. With the two lists of
-// offsets in hand,
+// A convolution reads, for output pixel p and tap t, the source element at (place of p) + (offset
+// of t): both are offsets into a zero-padded copy of a part of the source, the slab. With the two
+// lists of offsets in hand,
 //   forward          out[p][o]     = sum over t of slab[p + t] * weight[t][o]
 //   backward_weight  grad[t][o]    = sum over p of slab[p + t] * grad_output[p][o]
-//   backward_input   is a forward with grad_output as its source, once per residue class of the stride:
+//   backward_input   is a forward with grad_output as its source, once per residue class of the
+//   stride:
 //                    pixels whose coordinates are equal modulo the stride meet the same taps.
 // `direct` multiplies through the lists; `im2col` writes slab[p + t] out as the matrix it is.
 #pragma once
@@ -28,8 +29,8 @@ struct GatherAxis {
   int64_t origin;       // source coordinate of slab position 0 of a block that starts at target 0
   int64_t reach;        // slab positions that the taps of one target span
 
-  static GatherAxis forward(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
-                            int64_t dilation);
+  static GatherAxis forward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
+                            int64_t padding, int64_t dilation);
   static GatherAxis backward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
                              int64_t padding, int64_t dilation);
 
@@ -63,8 +64,8 @@ enum class Cut { rows, whole_images };
 template <class T>
 class Gather {
  public:
-  // Lays its lists out in the arena, and fills them unless the arena counts. `channels` is the number
-  // of source channels of one group: the geometry is the same for every group.
+  // Lays its lists out in the arena, and fills them unless the arena counts. `channels` is the
+  // number of source channels of one group: the geometry is the same for every group.
   Gather(const ImageTensor& source, int64_t channels, GatherAxis y, GatherAxis x, Cut cut,
          Arena& arena);
 
@@ -83,8 +84,8 @@ class Gather {
   const int64_t* taps(int64_t residue) const { return taps_ + tap_start_[residue]; }
   const int64_t* tap_weights(int64_t residue) const { return tap_weights_ + tap_start_[residue]; }
 
-  // Pixels of a class within a block, in the order image, row, column: slab offsets, and indices among
-  // the block's pixels.
+  // Pixels of a class within a block, in the order image, row, column: slab offsets, and indices
+  // among the block's pixels.
   int64_t pixel_count(const Block& b, int64_t residue) const;
   const int64_t* pixel_sources(int64_t residue) const {
     return pixel_sources_ + pixel_start_[residue];
@@ -95,8 +96,8 @@ class Gather {
 
   // Elements of a slab; 0 when blocks are read in place.
   int64_t slab_size() const { return in_place_ ? 0 : block_images_ * stride_n_; }
-  // The slab of a block and of the channels from `first_channel` on: the source itself where nothing
-  // needs padding or conversion, else a copy made in `slab`.
+  // The slab of a block and of the channels from `first_channel` on: the source itself where
+  // nothing needs padding or conversion, else a copy made in `slab`.
   const T* fill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel, T* slab) const;
   // The transpose of fill: writes the unpadded part of a slab to a tensor of the source's shape.
   void unfill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel, const T* slab,

@@ -1,7 +1,7 @@
-// Convolution as a matrix product: the columns of the convolution matrix are written out (one row per
-// output pixel, one column per weight of a filter) and multiplied by our GEMM. After Chellapilla, Puri
-// and Simard, "High Performance Convolutional Neural Networks for Document Processing" (2006). Blocks
-// of pixels bound the workspace.
+// Convolution as a matrix product: the columns of the convolution matrix are written out (one row
+// per output pixel, one column per weight of a filter) and multiplied by our GEMM. After
+// Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
+// Processing" (2006). Blocks of pixels bound the workspace.
 #include "cpu/kernels/conv2d_driver.h"
 #include "cpu/kernels/gemm.h"
 
@@ -82,8 +82,9 @@ class Im2colProduct {
   const T** filters_;
 };
 
-// backward_input: columns[pixel][tap] = grad_output[pixel][filter] * filters[tap][filter]^T, scattered
-// back onto the input by col2im. A block is whole images, so no two blocks add to the same element.
+// backward_input: columns[pixel][tap] = grad_output[pixel][filter] * filters[tap][filter]^T,
+// scattered back onto the input by col2im. A block is whole images, so no two blocks add to the
+// same element.
 template <class T>
 void scatter_pixels(const Conv2dCall& call, Arena& arena) {
   constexpr int64_t kChunk = 256;  // pixels whose columns exist at a time

@@ -133,16 +133,16 @@ void store_filters(const VectorKernels<T>& isa, const FilterBank& bank, const T*
   if (!same_type) isa.store(filters, bank.dtype, data, offset, bank.size());
 }
 
-#define CONVEXT_INSTANTIATE(T)                                                                     \
-  template void load_block(const VectorKernels<T>&, const ImageTensor&, const Block&, int64_t,     \
-                           int64_t, T*, int64_t, T*);                                              \
-  template void store_block(const VectorKernels<T>&, const ImageTensor&, const Block&, int64_t,    \
-                            int64_t, const T*, int64_t, T*, void*);                                \
-  template void load_filters_by_filter(const VectorKernels<T>&, const FilterBank&, const void*,    \
-                                       int64_t, T*, int64_t, T*);                                  \
-  template void load_filters_by_channel(const VectorKernels<T>&, const FilterBank&, const void*,   \
-                                        int64_t, T*, int64_t, T*);                                 \
-  template void store_filters(const VectorKernels<T>&, const FilterBank&, const T*, int64_t, T*,   \
+#define CONVEXT_INSTANTIATE(T)                                                                   \
+  template void load_block(const VectorKernels<T>&, const ImageTensor&, const Block&, int64_t,   \
+                           int64_t, T*, int64_t, T*);                                            \
+  template void store_block(const VectorKernels<T>&, const ImageTensor&, const Block&, int64_t,  \
+                            int64_t, const T*, int64_t, T*, void*);                              \
+  template void load_filters_by_filter(const VectorKernels<T>&, const FilterBank&, const void*,  \
+                                       int64_t, T*, int64_t, T*);                                \
+  template void load_filters_by_channel(const VectorKernels<T>&, const FilterBank&, const void*, \
+                                        int64_t, T*, int64_t, T*);                               \
+  template void store_filters(const VectorKernels<T>&, const FilterBank&, const T*, int64_t, T*, \
                               void*, int64_t);
 CONVEXT_INSTANTIATE(float)
 CONVEXT_INSTANTIATE(double)

@@ -20,8 +20,8 @@ struct ImageTensor {
 };
 
 // Reads channels [first_channel, first_channel + channels) of a block into rows[pixel][ld]; columns
-// past `channels` become zero. `scratch` holds channels * (pixels of an image's part) elements and is
-// used for nchw tensors of 16-bit types only.
+// past `channels` become zero. `scratch` holds channels * (pixels of an image's part) elements and
+// is used for nchw tensors of 16-bit types only.
 template <class T>
 void load_block(const VectorKernels<T>& isa, const ImageTensor& tensor, const Block& block,
                 int64_t first_channel, int64_t channels, T* rows, int64_t ld, T* scratch);

@@ -11,8 +11,8 @@ constexpr int64_t kBlockK = 256;
 constexpr int64_t kBlockM = 168;  // a multiple of 4, 6 and 14, the tiles' rows
 constexpr int64_t kBlockN = 1024;
 
-// packed[panel][k][width]: `width` neighbouring lines of the matrix, side by side, zeros past the end.
-// A line is a row of a or a column of b; along k the elements are k_stride apart.
+// packed[panel][k][width]: `width` neighbouring lines of the matrix, side by side, zeros past the
+// end. A line is a row of a or a column of b; along k the elements are k_stride apart.
 template <class T>
 void pack(const VectorKernels<T>& isa, const T* from, int64_t line_stride, int64_t k_stride,
           int64_t lines, int64_t k, int64_t width, T* packed) {
@@ -63,8 +63,8 @@ void gemm(int64_t m, int64_t n, int64_t k, MatrixView<T> a, MatrixView<T> b, T* 
            block_k, tile_cols, workspace.b);
       for (int64_t i0 = 0; i0 < m; i0 += kBlockM) {
         const int64_t block_m = std::min(kBlockM, m - i0);
-        pack(isa, a.data + i0 * a.row_stride + k0 * a.col_stride, a.row_stride, a.col_stride, block_m,
-             block_k, tile_rows, workspace.a);
+        pack(isa, a.data + i0 * a.row_stride + k0 * a.col_stride, a.row_stride, a.col_stride,
+             block_m, block_k, tile_rows, workspace.a);
         for (int64_t j = 0; j < block_n; j += tile_cols) {
           for (int64_t i = 0; i < block_m; i += tile_rows) {
             isa.gemm(block_k, workspace.a + i * block_k, workspace.b + j * block_k,

@@ -1,4 +1,5 @@
-// bfloat16 and IEEE binary16 to and from float, in portable code: round to nearest even, NaN stays NaN.
+// bfloat16 and IEEE binary16 to and from float, in portable code: round to nearest even, NaN stays
+// NaN.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,9 @@ inline float bits_float(uint32_t bits) {
   return x;
 }
 
-inline float bfloat16_to_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }
+inline float bfloat16_to_float(uint16_t h) {
+  return bits_float(uint32_t(h) << 16);
+}
 
 inline uint16_t float_to_bfloat16(float x) {
   const uint32_t bits = float_bits(x);
@@ -44,10 +47,11 @@ inline uint16_t float_to_float16(float x) {
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (magnitude >= 0x477ff000u)
+    return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
   if (magnitude < 0x38800000u) {
-    // Below 2^-14 the result is a multiple of 2^-24, which is the spacing of floats in [0.5, 1): the
-    // addition rounds, and the low bits are the answer.
+    // Below 2^-14 the result is a multiple of 2^-24, which is the spacing of floats in [0.5, 1):
+    // the addition rounds, and the low bits are the answer.
     return uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f)));
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);

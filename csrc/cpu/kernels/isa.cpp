@@ -39,7 +39,9 @@ std::atomic<const IsaKernels*>& in_use() {
 
 }  // namespace
 
-const IsaKernels& kernels() { return *in_use().load(std::memory_order_relaxed); }
+const IsaKernels& kernels() {
+  return *in_use().load(std::memory_order_relaxed);
+}
 
 int isa_count() {
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// What each instruction set provides: one table of small vector kernels, one file per ISA that fills
-// it, and the choice among them, made once when the library is loaded.
+// What each instruction set provides: one table of small vector kernels, one file per ISA that
+// fills it, and the choice among them, made once when the library is loaded.
 //
 // A new ISA: simd_NAME.h (the vector type), isa_NAME.cpp (a few lines), one line in isa.cpp.
 #pragma once
@@ -10,13 +10,14 @@
 
 namespace convext::cpu {
 
-// A block of a matrix product whose left operand is never laid out as a matrix: its element (row, t)
-// is source[rows[row] + taps[t]].
+// A block of a matrix product whose left operand is never laid out as a matrix: its element (row,
+// t) is source[rows[row] + taps[t]].
 //
-//   out[out_rows[row] * ld_out + lane] = init[lane] + sum over t of source[rows[row] + taps[t]] * panel[t][lane]
+//   out[out_rows[row] * ld_out + lane] = init[lane] + sum over t of source[rows[row] + taps[t]] *
+//   panel[t][lane]
 //
-// Each sum is one chain of fused multiply-adds in the order of t. With `accumulate` the finished sum
-// is added to what out holds.
+// Each sum is one chain of fused multiply-adds in the order of t. With `accumulate` the finished
+// sum is added to what out holds.
 template <class T>
 struct GatherTile {
   const T* source;
@@ -81,7 +82,8 @@ const IsaKernels& avx2_kernels();
 const IsaKernels& avx512_kernels();
 #endif
 
-// The table in use. The widest that this CPU runs, unless CONVEXT_CPU_ISA or set_isa() said otherwise.
+// The table in use. The widest that this CPU runs, unless CONVEXT_CPU_ISA or set_isa() said
+// otherwise.
 const IsaKernels& kernels();
 
 // All tables in the build, narrowest first.
@@ -91,8 +93,8 @@ const IsaKernels& isa_at(int index);
 // False, with nothing changed, when no such ISA is in the build or the CPU cannot run it.
 bool set_isa(const char* name);
 
-// The value of CONVEXT_CPU_ISA if it was set and could not be followed, else null: the host turns it
-// into an import error.
+// The value of CONVEXT_CPU_ISA if it was set and could not be followed, else null: the host turns
+// it into an import error.
 const char* refused_isa();
 
 }  // namespace convext::cpu

@@ -22,12 +22,12 @@ namespace convext::cpu {
 
 const IsaKernels& avx2_kernels() {
   static constexpr IsaKernels table{"avx2",
-                                [] {
-                                  return __builtin_cpu_supports("avx2") &&
-                                         __builtin_cpu_supports("fma") &&
-                                         __builtin_cpu_supports("f16c");
-                                },
-                                avx2::vector_kernels<float>(), avx2::vector_kernels<double>()};
+                                    [] {
+                                      return __builtin_cpu_supports("avx2") &&
+                                             __builtin_cpu_supports("fma") &&
+                                             __builtin_cpu_supports("f16c");
+                                    },
+                                    avx2::vector_kernels<float>(), avx2::vector_kernels<double>()};
   return table;
 }
 

@@ -21,15 +21,14 @@ CONVEXT_TARGET_END
 namespace convext::cpu {
 
 const IsaKernels& avx512_kernels() {
-  static constexpr IsaKernels table{"avx512",
-                                [] {
-                                  return __builtin_cpu_supports("avx512f") &&
-                                         __builtin_cpu_supports("avx512bw") &&
-                                         __builtin_cpu_supports("avx512dq") &&
-                                         __builtin_cpu_supports("avx512vl") &&
-                                         avx2_kernels().runs_here();
-                                },
-                                avx512::vector_kernels<float>(), avx512::vector_kernels<double>()};
+  static constexpr IsaKernels table{
+      "avx512",
+      [] {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               avx2_kernels().runs_here();
+      },
+      avx512::vector_kernels<float>(), avx512::vector_kernels<double>()};
   return table;
 }
 

@@ -15,7 +15,7 @@ namespace {
 
 const IsaKernels& scalar_kernels() {
   static constexpr IsaKernels table{"scalar", [] { return true; }, scalar::vector_kernels<float>(),
-                                scalar::vector_kernels<double>()};
+                                    scalar::vector_kernels<double>()};
   return table;
 }
 

@@ -33,8 +33,12 @@ CONVEXT_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 CONVEXT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }
-CONVEXT_INLINE Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
-CONVEXT_INLINE Vec<double> add(Vec<double> a, Vec<double> b) { return {_mm512_add_pd(a.v, b.v)}; }
+CONVEXT_INLINE Vec<float> add(Vec<float> a, Vec<float> b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+CONVEXT_INLINE Vec<double> add(Vec<double> a, Vec<double> b) {
+  return {_mm512_add_pd(a.v, b.v)};
+}
 
 // Transposes and conversions are bound by memory, where 256-bit vectors do as well.
 #include "cpu/kernels/simd_x86.h"

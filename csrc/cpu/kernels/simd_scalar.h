@@ -1,6 +1,6 @@
 // The vector type in portable C++. Every operation rounds as the vector units do (std::fma is one
-// rounding), so that results agree to the bit with the other ISAs wherever the order of sums agrees.
-// Included by isa_scalar.cpp only.
+// rounding), so that results agree to the bit with the other ISAs wherever the order of sums
+// agrees. Included by isa_scalar.cpp only.
 #pragma once
 
 template <class T>
@@ -36,8 +36,12 @@ inline void transpose_block(const T* from, int64_t, T* to, int64_t) {
 }
 
 // Converts as many leading elements as vectors cover; the rest is the caller's.
-inline int64_t load_vectors(DType, const uint16_t*, float*, int64_t) { return 0; }
-inline int64_t store_vectors(const float*, DType, uint16_t*, int64_t) { return 0; }
+inline int64_t load_vectors(DType, const uint16_t*, float*, int64_t) {
+  return 0;
+}
+inline int64_t store_vectors(const float*, DType, uint16_t*, int64_t) {
+  return 0;
+}
 
 // Rows of the register tiles.
 constexpr int kGatherRows1 = 4, kGatherRows2 = 2;

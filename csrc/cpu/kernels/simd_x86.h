@@ -30,7 +30,8 @@ inline void transpose_block(const double* from, int64_t ld_from, double* to, int
   }
 }
 
-// Converts as many leading elements as vectors cover and returns how many; the rest is the caller's.
+// Converts as many leading elements as vectors cover and returns how many; the rest is the
+// caller's.
 inline int64_t load_vectors(DType dtype, const uint16_t* from, float* to, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {

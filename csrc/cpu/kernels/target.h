@@ -1,7 +1,8 @@
-// Compiles what stands between CONVEXT_TARGET_BEGIN and CONVEXT_TARGET_END for an instruction set that
-// the rest of the build does not assume, so that one set of compiler flags serves the extension and a
-// wheel runs on any CPU. Standard headers must be included before it: an inline function of theirs
-// compiled with wider instructions could be the copy that the linker keeps for everybody.
+// Compiles what stands between CONVEXT_TARGET_BEGIN and CONVEXT_TARGET_END for an instruction set
+// that the rest of the build does not assume, so that one set of compiler flags serves the
+// extension and a wheel runs on any CPU. Standard headers must be included before it: an inline
+// function of theirs compiled with wider instructions could be the copy that the linker keeps for
+// everybody.
 #pragma once
 
 #define CONVEXT_PRAGMA(x) _Pragma(#x)

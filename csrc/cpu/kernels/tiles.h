@@ -1,6 +1,6 @@
-// The vector kernels, written once over the type Vec<T> that a simd_*.h file defines. Each isa_*.cpp
-// includes this file inside its own namespace and under its own target options, so that no function
-// compiled for one ISA can be linked into another.
+// The vector kernels, written once over the type Vec<T> that a simd_*.h file defines. Each
+// isa_*.cpp includes this file inside its own namespace and under its own target options, so that
+// no function compiled for one ISA can be linked into another.
 #pragma once
 
 #define CONVEXT_UNROLL _Pragma("GCC unroll 32")
@@ -172,9 +172,13 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 // constexpr, for a table is read on CPUs that cannot run the code it points to.
 template <class T>
 constexpr VectorKernels<T> vector_kernels() {
-  return {Vec<T>::lanes, {kGatherRows1, kGatherRows2},
-          gather<T>,     kGemmRows,
-          kGemmVectors * Vec<T>::lanes, gemm<T>,
-          transpose<T>,  load,
+  return {Vec<T>::lanes,
+          {kGatherRows1, kGatherRows2},
+          gather<T>,
+          kGemmRows,
+          kGemmVectors * Vec<T>::lanes,
+          gemm<T>,
+          transpose<T>,
+          load,
           store};
 }

@@ -1,0 +1,97 @@
+"""Shape functions of the ops: what torch.compile and torch.export run in place of a kernel.
+
+Sizes may be symbolic. Every result has the very dtype and memory format that the kernel returns;
+`torch.library.opcheck` compares them in tests.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format  # the C++ method has no public twin
+
+
+def _common_memory_format(*tensors: Tensor) -> torch.memory_format:
+    """The rule of csrc/tensor_args.cpp: channels_last when any of the tensors is."""
+    formats = (suggest_memory_format(tensor) for tensor in tensors)
+    return next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
+
+
+def _empty(
+    size: Sequence[int],
+    like: Tensor,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return torch.empty(
+        size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format
+    )
+
+
+def _check_conv2d_sizes(input_size: Sequence[int], weight_size: Sequence[int], groups: int) -> None:
+    torch._check(
+        len(input_size) == 4 and len(weight_size) == 4,
+        lambda: f"conv2d(): expected 4D input and weight, got {input_size} and {weight_size}",
+    )
+    torch._check(
+        input_size[1] == weight_size[1] * groups,
+        lambda: (
+            f"conv2d(): Given groups={groups}, weight of size {list(weight_size)}, expected input "
+            f"{list(input_size)} to have {weight_size[1] * groups} channels"
+        ),
+    )
+
+
+@torch.library.register_fake("convext::conv2d")
+def _(input, weight, bias, stride, padding, dilation, groups, algorithm="auto"):
+    _check_conv2d_sizes(input.shape, weight.shape, groups)
+    spatial = [
+        (i + 2 * p - d * (k - 1) - 1) // s + 1
+        for i, k, s, p, d in zip(
+            input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    size = [input.shape[0], weight.shape[0], *spatial]
+    return _empty(size, input, _common_memory_format(input, weight))
+
+
+@torch.library.register_fake("convext::conv2d_backward_input")
+def _(grad_output, weight, input_size, stride, padding, dilation, groups, algorithm="auto"):
+    _check_conv2d_sizes(input_size, weight.shape, groups)
+    return _empty(input_size, grad_output, _common_memory_format(grad_output, weight))
+
+
+@torch.library.register_fake("convext::conv2d_backward_weight")
+def _(grad_output, input, weight_size, stride, padding, dilation, groups, algorithm="auto"):
+    _check_conv2d_sizes(input.shape, weight_size, groups)
+    return _empty(weight_size, grad_output, _common_memory_format(grad_output, input))
+
+
+@torch.library.register_fake("convext::conv2d_backward_bias")
+def _(grad_output):
+    return _empty([grad_output.shape[1]], grad_output)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernels add up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("convext::batch_norm_train")
+def _(input, weight, bias, eps):
+    output = _empty(input.shape, input, suggest_memory_format(input))
+    mean, var = (_empty([input.shape[1]], input, dtype=_sum_dtype(input.dtype)) for _ in range(2))
+    return output, mean, var
+
+
+@torch.library.register_fake("convext::batch_norm_eval")
+def _(input, mean, var, weight, bias, eps):
+    return _empty(input.shape, input, suggest_memory_format(input))
+
+
+@torch.library.register_fake("convext::batch_norm_backward")
+def _(grad_output, input, mean, var, weight, eps, training):
+    grad_input = _empty(input.shape, input, suggest_memory_format(input))
+    dtype = _sum_dtype(input.dtype) if weight is None else weight.dtype
+    grad_weight, grad_bias = (_empty([input.shape[1]], input, dtype=dtype) for _ in range(2))
+    return grad_input, grad_weight, grad_bias

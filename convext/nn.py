@@ -1,0 +1,130 @@
+"""The layers: subclasses of `torch.nn`'s, alike in everything but the kernels that compute them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convext import functional
+from convext.algorithms import check_algorithm_name
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` on our kernels: same arguments, state_dict, initialisation and errors.
+
+    Args:
+        algorithm: "auto", or one of `convext.algorithms()`, for all passes.
+        All others: see `torch.nn.Conv2d`.
+
+    Shape:
+        (N, in_channels, H, W) or (in_channels, H, W) to (N, out_channels, out_H, out_W) or
+        (out_channels, out_H, out_W); float32, float64, bfloat16 or float16.
+
+    Raises:
+        ValueError: an argument that `torch.nn.Conv2d` refuses, or an unknown algorithm.
+    """
+
+    algorithm: str = "auto"  # for modules that replace_layers or an older pickle made
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        algorithm: str = "auto",
+    ) -> None:
+        check_algorithm_name(algorithm)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self.algorithm = algorithm
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return functional.conv2d(
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            algorithm=self.algorithm,
+        )
+
+    def extra_repr(self) -> str:
+        named = "" if self.algorithm == "auto" else f", algorithm={self.algorithm!r}"
+        return super().extra_repr() + named
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` on our kernels: same arguments, state_dict and errors.
+
+    Shape:
+        (N, C, H, W) to the same; float32, float64, bfloat16 or float16.
+
+    Raises:
+        ValueError: input that is not 4D, or a single value per channel in training.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        keeps_statistics = self.track_running_stats or not self.training
+        return functional.batch_norm(
+            input,
+            self.running_mean if keeps_statistics else None,
+            self.running_var if keeps_statistics else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self._count_batch(),
+            self.eps,
+        )
+
+    def _count_batch(self) -> float:
+        """Count a training batch; return its weight in the running statistics."""
+        counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        if counts:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        # momentum=None asks for the plain average over all batches so far.
+        return 1.0 / float(self.num_batches_tracked) if counts else 0.0
+
+
+class LazyConv2d(nn.LazyConv2d, Conv2d):
+    """`torch.nn.LazyConv2d` that becomes our `Conv2d` when it sees its first input."""
+
+    cls_to_become = Conv2d
+
+    def __init__(self, *args, algorithm: str = "auto", **kwargs) -> None:
+        check_algorithm_name(algorithm)
+        super().__init__(*args, **kwargs)
+        self.algorithm = algorithm
+
+
+class LazyBatchNorm2d(nn.LazyBatchNorm2d, BatchNorm2d):
+    """`torch.nn.LazyBatchNorm2d` that becomes our `BatchNorm2d` when it sees its first input."""
+
+    cls_to_become = BatchNorm2d
