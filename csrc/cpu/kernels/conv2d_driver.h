@@ -200,6 +200,7 @@ void compute_weights(const Conv2dCall& call, Arena& arena) {
     const int64_t split = item / ranges / p.groups;
     const int64_t first_block = split * blocks / splits;
     T* partial = partials + (split * p.groups + g) * taps * ld;
+    if (blocks == 0 && range == 0) std::fill(partial, partial + taps * ld, T(0));  // an empty batch
     for (int64_t b = first_block; b < (split + 1) * blocks / splits; ++b) {
       const Block block = gather.block(b);
       const T* slab = gather.fill(isa, block, g * p.group_in_channels(), scratch.slab);

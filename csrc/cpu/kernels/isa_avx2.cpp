@@ -21,13 +21,10 @@ CONVEXT_TARGET_END
 namespace convext::cpu {
 
 const IsaKernels& avx2_kernels() {
-  static constexpr IsaKernels table{"avx2",
-                                    [] {
-                                      return __builtin_cpu_supports("avx2") &&
-                                             __builtin_cpu_supports("fma") &&
-                                             __builtin_cpu_supports("f16c");
-                                    },
-                                    avx2::vector_kernels<float>(), avx2::vector_kernels<double>()};
+  static constexpr IsaKernels table{
+      "avx2",
+      [] { return CONVEXT_CPU_HAS("avx2") && CONVEXT_CPU_HAS("fma") && CONVEXT_CPU_HAS("f16c"); },
+      avx2::vector_kernels<float>(), avx2::vector_kernels<double>()};
   return table;
 }
 

@@ -24,8 +24,8 @@ const IsaKernels& avx512_kernels() {
   static constexpr IsaKernels table{
       "avx512",
       [] {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        return CONVEXT_CPU_HAS("avx512f") && CONVEXT_CPU_HAS("avx512bw") &&
+               CONVEXT_CPU_HAS("avx512dq") && CONVEXT_CPU_HAS("avx512vl") &&
                avx2_kernels().runs_here();
       },
       avx512::vector_kernels<float>(), avx512::vector_kernels<double>()};

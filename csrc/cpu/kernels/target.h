@@ -11,6 +11,7 @@
 #if defined(CONVEXT_EMULATE_SIMD)  // tests: intrinsics come from a library of plain code
 #define CONVEXT_TARGET_BEGIN(options)
 #define CONVEXT_TARGET_END
+#define CONVEXT_CPU_HAS(feature) true
 #elif defined(__clang__)
 #define CONVEXT_TARGET_BEGIN(options) \
   CONVEXT_PRAGMA(clang attribute push(__attribute__((target(options))), apply_to = function))
@@ -19,4 +20,9 @@
 #define CONVEXT_TARGET_BEGIN(options) \
   CONVEXT_PRAGMA(GCC push_options) CONVEXT_PRAGMA(GCC target(options))
 #define CONVEXT_TARGET_END CONVEXT_PRAGMA(GCC pop_options)
+#endif
+
+// Whether this CPU and its operating system have a feature.
+#if !defined(CONVEXT_CPU_HAS)
+#define CONVEXT_CPU_HAS(feature) __builtin_cpu_supports(feature)
 #endif

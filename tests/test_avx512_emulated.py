@@ -1,0 +1,118 @@
+"""The AVX-512 kernels on any x86 machine: compiled against SIMD Everywhere instead of the CPU.
+
+What the machine itself can run is tested by the other files through the `isa` fixture; this file
+sees to it that no kernel in the build goes untested where the instructions are missing.
+"""
+
+import ctypes
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from problems import PROBLEMS, Conv2dProblem
+from torch import Tensor
+from torch.nn import functional as F
+
+import convext
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSES = ("forward", "grad_input", "grad_weight")  # as Conv2dPass counts them
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as DType does
+LAYOUTS = (torch.contiguous_format, torch.channels_last)  # as Layout does
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"AVX-512 is not in a build for {platform.machine()}")
+    if "avx2" not in convext.build_info()["cpu_isas"] or "avx2" not in convext._C.cpu_isas():
+        pytest.skip("emulated fused multiply-adds need a CPU with FMA")
+    if not Path("/usr/include/simde/x86/avx512.h").exists():
+        pytest.skip("SIMD Everywhere is not installed (Debian: libsimde-dev)")
+    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
+    command += ["-mavx2", "-mfma", "-mf16c", "-DCONVEXT_EMULATE_SIMD"]
+    command += [f"-I{ROOT}/tests/emulation", f"-I{ROOT}/csrc", "-o", str(library)]
+    command += sorted(str(path) for path in (ROOT / "csrc/cpu/kernels").glob("*.cpp"))
+    command += [f"{ROOT}/tests/emulation/kernels_c.cpp"]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def run(
+    kernels: ctypes.CDLL,
+    isa: str,
+    algorithm: str,
+    conv_pass: str,
+    problem: Conv2dProblem,
+    layout,
+    data,
+) -> Tensor:
+    """One pass through the C interface, on the operands in `data` that it reads."""
+    data = {
+        name: tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
+        for name, tensor in data.items()
+    }
+    reads = {
+        "forward": ("input", "weight", "bias"),
+        "grad_input": ("weight", "grad_output"),
+        "grad_weight": ("input", "grad_output"),
+    }[conv_pass]
+    like = {"forward": "grad_output", "grad_input": "input", "grad_weight": "weight"}[conv_pass]
+    output = torch.empty_like(data[like])
+    pointers = [
+        ctypes.c_void_p(data[name].data_ptr()) if name in reads else None
+        for name in ("input", "weight", "bias", "grad_output")
+    ]
+    p = problem
+    sizes = (p.N, p.C, p.H, p.W, p.O, *p.kernel, *p.stride, *p.padding, *p.dilation, p.groups)
+    failed = kernels.convext_conv2d(
+        isa.encode(),
+        algorithm.encode(),
+        PASSES.index(conv_pass),
+        DTYPES.index(output.dtype),
+        LAYOUTS.index(layout),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        *pointers,
+        ctypes.c_void_p(output.data_ptr()),
+    )
+    assert not failed, f"no ISA {isa} or no algorithm {algorithm}"
+    return output
+
+
+def operands(problem: Conv2dProblem, dtype: torch.dtype) -> dict[str, Tensor]:
+    sizes = {
+        "input": problem.input_size,
+        "weight": problem.weight_size,
+        "bias": (problem.O,),
+        "grad_output": problem.output_size,
+    }
+    return {name: torch.randn(size).to(dtype) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("algorithm", convext.algorithms("cpu"))
+def test_same_bits_as_avx2(kernels, algorithm, dtype, layout):
+    """No sum crosses lanes and blocks are cut alike, so only the width of the vectors differs."""
+    for problem in PROBLEMS:
+        data = operands(problem, dtype)
+        for conv_pass in PASSES:
+            ours, avx2 = (
+                run(kernels, isa, algorithm, conv_pass, problem, layout, data)
+                for isa in ("avx512", "avx2")
+            )
+            assert torch.equal(ours, avx2), f"{problem}, {conv_pass}"
+
+
+def test_harness_computes_the_convolution(kernels):
+    """The comparison above means something: what both ISAs agree on is the right answer."""
+    for problem in PROBLEMS[:8]:
+        data = operands(problem, torch.float64)
+        ours = run(kernels, "avx512", "direct", "forward", problem, LAYOUTS[0], data)
+        expected = F.conv2d(data["input"], data["weight"], data["bias"], *problem.settings)
+        torch.testing.assert_close(ours, expected)
