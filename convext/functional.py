@@ -53,8 +53,11 @@ def conv2d(
 
     Raises:
         RuntimeError: sizes, dtypes, devices or settings that do not fit; named in the message.
+        TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"conv2d(): input must be a Tensor, got {type(input).__name__}")
     stride, dilation = _pair(stride), _pair(dilation)
     unbatched = input.dim() == 3
     if not unbatched and input.dim() != 4:

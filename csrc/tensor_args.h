@@ -20,10 +20,9 @@ struct Conv2dSettings {
   int64_t groups;
 };
 
-// A dense, strided, readable tensor of a dtype that the kernels know, else an exception. Tensors
-// after the first must also be on the same device as `like` and, unless `any_float`, of the same
-// dtype.
+// A dense, strided tensor of a dtype that the kernels know, with the storage its sizes need.
 void check_tensor(const char* op, const char* name, const at::Tensor& tensor);
+// The same, and of the dtype and on the device of `like`.
 void check_tensor_like(const char* op, const char* name, const at::Tensor& tensor,
                        const char* like_name, const at::Tensor& like);
 void check_device(const char* op, const char* name, const at::Tensor& tensor, const char* like_name,

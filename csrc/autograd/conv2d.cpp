@@ -49,25 +49,33 @@ Tensor conv2d_backward_bias(const Tensor& grad_output) {
 
 // The integers and the algorithm, which all three verbs share.
 struct Settings {
-  std::vector<int64_t> stride, padding, dilation;
-  int64_t groups;
-  std::string algorithm;
-
+  // One entry for all integers: the cost of a small convolution is that of its bookkeeping.
   static void save(AutogradContext* ctx, IntArrayRef stride, IntArrayRef padding,
                    IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
-    ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding;
-    ctx->saved_data["dilation"] = dilation;
-    ctx->saved_data["groups"] = groups;
+    std::vector<int64_t> all;
+    all.reserve(7);
+    for (const IntArrayRef pair : {stride, padding, dilation}) {
+      // What has another length is refused by the kernel, which runs before any backward.
+      all.insert(all.end(), pair.begin(), pair.end());
+    }
+    all.push_back(groups);
+    ctx->saved_data["settings"] = std::move(all);
     ctx->saved_data["algorithm"] = std::string(algorithm);
   }
 
   explicit Settings(AutogradContext* ctx)
-      : stride(ctx->saved_data["stride"].toIntVector()),
-        padding(ctx->saved_data["padding"].toIntVector()),
-        dilation(ctx->saved_data["dilation"].toIntVector()),
-        groups(ctx->saved_data["groups"].toInt()),
+      : all(ctx->saved_data["settings"].toIntVector()),
+        stride(all.data(), 2),
+        padding(all.data() + 2, 2),
+        dilation(all.data() + 4, 2),
+        groups(all[6]),
         algorithm(ctx->saved_data["algorithm"].toStringRef()) {}
+  Settings(const Settings&) = delete;  // the pairs point into `all`
+
+  std::vector<int64_t> all;
+  IntArrayRef stride, padding, dilation;
+  int64_t groups;
+  std::string algorithm;
 
   Tensor forward(const Tensor& input, const Tensor& weight) const {
     return conv2d(input, weight, std::nullopt, stride, padding, dilation, groups, algorithm);

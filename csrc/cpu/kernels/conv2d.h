@@ -28,7 +28,6 @@ struct Conv2dCall {
 
 struct Conv2dAlgorithm {
   const char* name;
-  const char* summary;
   // Null when it can do the call, else the reason it cannot.
   const char* (*declines)(const Conv2dCall&);
   // On a counting arena it only lays out its workspace; otherwise it also computes.
