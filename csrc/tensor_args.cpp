@@ -116,6 +116,58 @@ void check_grad_output(const char* op, const at::Tensor& grad_output, const Conv
               grad_output.sizes());
 }
 
+// A value for each channel: of input's dtype, or float32 beside a 16-bit input.
+void check_channel_values(const char* op, const char* name, const at::Tensor& values,
+                          const at::Tensor& input) {
+  check_tensor(op, name, values);
+  check_device(op, name, values, "input", input);
+  const at::ScalarType type = values.scalar_type(), input_type = input.scalar_type();
+  const bool half = input_type == at::kBFloat16 || input_type == at::kHalf;
+  TORCH_CHECK(type == input_type || (half && type == at::kFloat), op, "(): ", name, " type (", type,
+              ") should be the input type (", input_type, ")",
+              half ? " or that of its sums (Float)" : "");
+  const int64_t channels = input.size(1);
+  TORCH_CHECK(values.numel() == channels, op, "(): ", name, " should contain ", channels,
+              " elements not ", values.numel());
+  TORCH_CHECK(values.dim() == 1, op, "(): ", name, " should have size [", channels, "], got ",
+              values.sizes());
+}
+
+void check_channel_pair(const char* op, const char* name, const at::Tensor& values,
+                        const char* like_name, const at::Tensor& like) {
+  TORCH_CHECK(values.scalar_type() == like.scalar_type(), op, "(): ", like_name, " type (",
+              like.scalar_type(), ") and ", name, " type (", values.scalar_type(),
+              ") should be the same");
+}
+
+// All arguments but grad_output, whichever an op has.
+BatchNormProblem check_batch_norm(const char* op, const at::Tensor& input, const at::Tensor* mean,
+                                  const at::Tensor* var, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& bias, double eps,
+                                  bool training) {
+  check_tensor(op, "input", input);
+  TORCH_CHECK(input.dim() >= 2, op, "(): expected input of size (N, C, *), got ", input.sizes());
+  if (mean) {
+    check_channel_values(op, "mean", *mean, input);
+    check_channel_values(op, "var", *var, input);
+    check_channel_pair(op, "var", *var, "mean", *mean);
+  }
+  if (weight) check_channel_values(op, "weight", *weight, input);
+  if (bias) check_channel_values(op, "bias", *bias, input);
+  if (weight && bias) check_channel_pair(op, "bias", *bias, "weight", *weight);
+  TORCH_CHECK_VALUE(training ? eps > 0 : eps >= 0, op, "(): eps must be ",
+                    training ? "positive during training" : "non-negative", ", but got ", eps);
+  BatchNormProblem problem{input.size(0), input.size(1), 1};
+  for (int64_t d = 2; d < input.dim(); ++d) {
+    problem.pixels = checked_mul(op, "the number of pixels", problem.pixels, input.size(d));
+  }
+  // Sizes beside a zero are backed by no memory.
+  checked_mul(op, "the number of elements",
+              checked_mul(op, "the number of elements", problem.batch, problem.pixels),
+              problem.channels);
+  return problem;
+}
+
 }  // namespace
 
 void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
@@ -222,6 +274,38 @@ void check_conv2d_backward_bias(const at::Tensor& grad_output) {
   check_tensor(op, "grad_output", grad_output);
   TORCH_CHECK(grad_output.dim() == 4, op, "(): Expected 4D grad_output of size (N, C, H, W), got ",
               grad_output.sizes());
+}
+
+BatchNormProblem check_batch_norm_train(const at::Tensor& input,
+                                        const std::optional<at::Tensor>& weight,
+                                        const std::optional<at::Tensor>& bias, double eps) {
+  const char* op = "batch_norm_train";
+  const BatchNormProblem problem =
+      check_batch_norm(op, input, nullptr, nullptr, weight, bias, eps, true);
+  TORCH_CHECK_VALUE(problem.count() != 1, op,
+                    "(): Expected more than 1 value per channel when training, got input size ",
+                    input.sizes());
+  return problem;
+}
+
+BatchNormProblem check_batch_norm_eval(const at::Tensor& input, const at::Tensor& mean,
+                                       const at::Tensor& var,
+                                       const std::optional<at::Tensor>& weight,
+                                       const std::optional<at::Tensor>& bias, double eps) {
+  return check_batch_norm("batch_norm_eval", input, &mean, &var, weight, bias, eps, false);
+}
+
+BatchNormProblem check_batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                           const at::Tensor& mean, const at::Tensor& var,
+                                           const std::optional<at::Tensor>& weight, double eps,
+                                           bool training) {
+  const char* op = "batch_norm_backward";
+  const BatchNormProblem problem =
+      check_batch_norm(op, input, &mean, &var, weight, std::nullopt, eps, training);
+  check_tensor_like(op, "grad_output", grad_output, "input", input);
+  TORCH_CHECK(grad_output.sizes() == input.sizes(), op, "(): expected grad_output of input's size ",
+              input.sizes(), ", got ", grad_output.sizes());
+  return problem;
 }
 
 }  // namespace convext

@@ -9,6 +9,7 @@
 
 #include <optional>
 
+#include "common/batch_norm_problem.h"
 #include "common/conv2d_problem.h"
 #include "common/types.h"
 
@@ -43,5 +44,17 @@ Conv2dProblem check_conv2d_backward_weight(const at::Tensor& grad_output, const 
                                            at::IntArrayRef weight_size,
                                            const Conv2dSettings& settings);
 void check_conv2d_backward_bias(const at::Tensor& grad_output);
+
+BatchNormProblem check_batch_norm_train(const at::Tensor& input,
+                                        const std::optional<at::Tensor>& weight,
+                                        const std::optional<at::Tensor>& bias, double eps);
+BatchNormProblem check_batch_norm_eval(const at::Tensor& input, const at::Tensor& mean,
+                                       const at::Tensor& var,
+                                       const std::optional<at::Tensor>& weight,
+                                       const std::optional<at::Tensor>& bias, double eps);
+BatchNormProblem check_batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                           const at::Tensor& mean, const at::Tensor& var,
+                                           const std::optional<at::Tensor>& weight, double eps,
+                                           bool training);
 
 }  // namespace convext

@@ -5,10 +5,10 @@
 
 #include <algorithm>
 
-#include "common/parallel.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/conv2d_gather.h"
 #include "cpu/kernels/conv2d_pack.h"
+#include "cpu/kernels/slots.h"
 
 namespace convext::cpu {
 
@@ -60,19 +60,6 @@ inline int64_t slot_count(const Conv2dCall& call, int64_t items) {
   const double work = double(shape.m) * double(shape.n) * double(shape.k) * call.problem.groups;
   const int64_t worth = 1 + int64_t(std::min(work / kWorthAThread, 1e6));
   return std::max<int64_t>(1, std::min({items, call.threads, worth}));
-}
-
-// Calls body(slot, item) for every item.
-template <class Body>
-void run_slots(int64_t slots, int64_t items, const Body& body) {
-  const auto run = [&](int64_t slot) {
-    for (int64_t i = slot * items / slots; i < (slot + 1) * items / slots; ++i) body(slot, i);
-  };
-  if (slots == 1) {
-    run(0);
-  } else {
-    parallel_for(slots, run);
-  }
 }
 
 // Cuts `count` into equal tiles of at most `most` and calls body(first, size).

@@ -34,6 +34,41 @@ struct GatherTile {
   bool accumulate;
 };
 
+// Sums down the columns of a matrix, whose rows lie `ld` elements apart. They are added to what sum
+// and dot hold.
+//
+//   total      sum[j] += sum over rows of a[row][j]
+//   moments    sum[j] += sum of (a[row][j] - shift[j]),   dot[j] += sum of (a[row][j] - shift[j])^2
+//   product    sum[j] += sum of a[row][j],                dot[j] += sum of a[row][j] * (b[row][j] -
+//   shift[j])
+//
+// Each sum is a chain over kSumChain rows at a time, so that results are the same on every ISA.
+enum class ColumnSum { total, moments, product };
+constexpr int64_t kSumChain = 16;
+
+template <class T>
+struct ColumnSums {
+  ColumnSum kind;
+  const T* a;
+  const T* b;
+  int64_t ld, rows, cols;
+  const T* shift;  // these three [cols], with room for kColumnPadding more
+  T* sum;
+  T* dot;
+};
+constexpr int64_t kColumnPadding = 64;
+
+// out[row][j] = (x[row][j] - shift[j]) * scale[j] + offset[j], plus grad[row][j] * grad_scale[j]
+// where there is a grad. Everything but the parameters has rows `ld` elements apart.
+template <class T>
+struct ColumnMap {
+  const T* x;
+  const T* grad;  // or null
+  int64_t ld, rows, cols;
+  const T *shift, *scale, *offset, *grad_scale;  // [cols]
+  T* out;
+};
+
 // Kernels for one accumulation type, float or double.
 template <class T>
 struct VectorKernels {
@@ -51,6 +86,9 @@ struct VectorKernels {
   // to[c][r] = from[r][c]
   void (*transpose)(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows,
                     int64_t cols);
+
+  void (*column_sums)(const ColumnSums<T>&);
+  void (*column_map)(const ColumnMap<T>&);
 
   // n elements at element `offset` of a tensor of any dtype that accumulates in T.
   void (*load)(DType dtype, const void* from, int64_t offset, T* to, int64_t n);

@@ -12,6 +12,10 @@ struct Vec<float> {
   CONVEXT_INLINE static Vec zero() { return {_mm256_setzero_ps()}; }
   CONVEXT_INLINE static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
   CONVEXT_INLINE static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  CONVEXT_INLINE static Vec load_first(const float* p, int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
+  }
   CONVEXT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
 };
 
@@ -23,6 +27,10 @@ struct Vec<double> {
   CONVEXT_INLINE static Vec zero() { return {_mm256_setzero_pd()}; }
   CONVEXT_INLINE static Vec broadcast(double x) { return {_mm256_set1_pd(x)}; }
   CONVEXT_INLINE static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  CONVEXT_INLINE static Vec load_first(const double* p, int n) {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    return {_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane))};
+  }
   CONVEXT_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
 };
 
@@ -38,6 +46,12 @@ CONVEXT_INLINE Vec<float> add(Vec<float> a, Vec<float> b) {
 }
 CONVEXT_INLINE Vec<double> add(Vec<double> a, Vec<double> b) {
   return {_mm256_add_pd(a.v, b.v)};
+}
+CONVEXT_INLINE Vec<float> sub(Vec<float> a, Vec<float> b) {
+  return {_mm256_sub_ps(a.v, b.v)};
+}
+CONVEXT_INLINE Vec<double> sub(Vec<double> a, Vec<double> b) {
+  return {_mm256_sub_pd(a.v, b.v)};
 }
 
 #include "cpu/kernels/simd_x86.h"

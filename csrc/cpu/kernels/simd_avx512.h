@@ -12,6 +12,9 @@ struct Vec<float> {
   CONVEXT_INLINE static Vec zero() { return {_mm512_setzero_ps()}; }
   CONVEXT_INLINE static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
   CONVEXT_INLINE static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  CONVEXT_INLINE static Vec load_first(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)};
+  }
   CONVEXT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 
@@ -23,6 +26,9 @@ struct Vec<double> {
   CONVEXT_INLINE static Vec zero() { return {_mm512_setzero_pd()}; }
   CONVEXT_INLINE static Vec broadcast(double x) { return {_mm512_set1_pd(x)}; }
   CONVEXT_INLINE static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  CONVEXT_INLINE static Vec load_first(const double* p, int n) {
+    return {_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p)};
+  }
   CONVEXT_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
 };
 
@@ -38,6 +44,12 @@ CONVEXT_INLINE Vec<float> add(Vec<float> a, Vec<float> b) {
 }
 CONVEXT_INLINE Vec<double> add(Vec<double> a, Vec<double> b) {
   return {_mm512_add_pd(a.v, b.v)};
+}
+CONVEXT_INLINE Vec<float> sub(Vec<float> a, Vec<float> b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+CONVEXT_INLINE Vec<double> sub(Vec<double> a, Vec<double> b) {
+  return {_mm512_sub_pd(a.v, b.v)};
 }
 
 // Transposes and conversions are bound by memory, where 256-bit vectors do as well.

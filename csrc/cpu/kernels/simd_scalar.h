@@ -11,6 +11,12 @@ struct Vec {
   static Vec zero() { return broadcast(T(0)); }
   static Vec broadcast(T x) { return {{x, x, x, x}}; }
   static Vec load(const T* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  // The first n elements, and zeros in the other lanes; reads no memory past them.
+  static Vec load_first(const T* p, int n) {
+    Vec x = zero();
+    for (int i = 0; i < n; ++i) x.v[i] = p[i];
+    return x;
+  }
   void store(T* p) const {
     for (int i = 0; i < lanes; ++i) p[i] = v[i];
   }
@@ -25,6 +31,12 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 template <class T>
 inline Vec<T> add(Vec<T> a, Vec<T> b) {
   for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
+template <class T>
+inline Vec<T> sub(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] -= b.v[i];
   return a;
 }
 

@@ -169,6 +169,8 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
   std::memcpy(static_cast<double*>(to) + offset, from, n * sizeof(double));
 }
 
+#include "cpu/kernels/column_tiles.h"
+
 // constexpr, for a table is read on CPUs that cannot run the code it points to.
 template <class T>
 constexpr VectorKernels<T> vector_kernels() {
@@ -179,6 +181,8 @@ constexpr VectorKernels<T> vector_kernels() {
           kGemmVectors * Vec<T>::lanes,
           gemm<T>,
           transpose<T>,
+          column_sums<T>,
+          column_map<T>,
           load,
           store};
 }

@@ -1,0 +1,202 @@
+// Autograd of batch norm. The first derivative is the op batch_norm_backward. The derivative of
+// that one is written out here in ATen's differentiable operations, with the statistics computed
+// from input once more, so that it can be differentiated to any order.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace convext {
+namespace {
+
+using at::Tensor;
+using std::optional;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Triple batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
+                        const optional<Tensor>& bias, double eps) {
+  static const auto op = find_op<decltype(batch_norm_train)>("convext::batch_norm_train");
+  return op.call(input, weight, bias, eps);
+}
+
+Tensor batch_norm_eval(const Tensor& input, const Tensor& mean, const Tensor& var,
+                       const optional<Tensor>& weight, const optional<Tensor>& bias, double eps) {
+  static const auto op = find_op<decltype(batch_norm_eval)>("convext::batch_norm_eval");
+  return op.call(input, mean, var, weight, bias, eps);
+}
+
+Triple batch_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                           const Tensor& var, const optional<Tensor>& weight, double eps,
+                           bool training) {
+  static const auto op = find_op<decltype(batch_norm_backward)>("convext::batch_norm_backward");
+  return op.call(grad_output, input, mean, var, weight, eps, training);
+}
+
+optional<Tensor> if_defined(const Tensor& tensor) {
+  return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt;
+}
+
+// What the backward of train and of eval share. `parameter` is the index of weight, or of bias
+// where weight is absent: absent tensors are not counted.
+struct Saved {
+  static void save(AutogradContext* ctx, const Tensor& input, const optional<Tensor>& weight,
+                   const optional<Tensor>& bias, const Tensor& mean, const Tensor& var,
+                   double eps) {
+    ctx->save_for_backward({input, mean, var, weight.value_or(Tensor())});
+    ctx->saved_data["has_weight"] = weight.has_value();
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["bias_type"] = bias ? bias->scalar_type() : at::kFloat;
+    ctx->saved_data["eps"] = eps;
+  }
+
+  // Gradients of (input, weight, bias).
+  static variable_list gradients(AutogradContext* ctx, const Tensor& grad_output, size_t parameter,
+                                 bool training) {
+    const variable_list saved = ctx->get_saved_variables();
+    const bool has_weight = ctx->saved_data["has_weight"].toBool();
+    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    auto [grad_input, grad_weight, grad_bias] =
+        batch_norm_backward(grad_output, saved[0], saved[1], saved[2], if_defined(saved[3]),
+                            ctx->saved_data["eps"].toDouble(), training);
+    if (!ctx->needs_input_grad(0)) grad_input = Tensor();
+    if (!has_weight || !ctx->needs_input_grad(parameter)) grad_weight = Tensor();
+    if (!has_bias || !ctx->needs_input_grad(parameter + has_weight)) {
+      grad_bias = Tensor();
+    } else {
+      grad_bias = grad_bias.to(ctx->saved_data["bias_type"].toScalarType());
+    }
+    return {grad_input, grad_weight, grad_bias};
+  }
+};
+
+struct BatchNormTrain : Function<BatchNormTrain> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input,
+                               const optional<Tensor>& weight, const optional<Tensor>& bias,
+                               double eps) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, mean, var] = batch_norm_train(input, weight, bias, eps);
+    Saved::save(ctx, input, weight, bias, mean, var, eps);
+    ctx->mark_non_differentiable({mean, var});
+    return {output, mean, var};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list grad = Saved::gradients(ctx, grads[0], 1, true);
+    return {grad[0], grad[1], grad[2], {}};
+  }
+};
+
+struct BatchNormEval : Function<BatchNormEval> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& mean,
+                        const Tensor& var, const optional<Tensor>& weight,
+                        const optional<Tensor>& bias, double eps) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Saved::save(ctx, input, weight, bias, mean, var, eps);
+    return batch_norm_eval(input, mean, var, weight, bias, eps);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list grad = Saved::gradients(ctx, grads[0], 3, false);
+    return {grad[0], {}, {}, grad[1], grad[2], {}};
+  }
+};
+
+// Its results, with r = 1 / sqrt(var + eps), y = (x - mean) * r and means over the batch:
+//
+//   grad_input = w r P(g) in training, where P(u) = u - mean(u) - y mean(u y);  w r g otherwise
+//   grad_weight = sum(g y),  grad_bias = sum(g)
+//
+// P is symmetric. For cotangents (v, a, b) of the three results, and in training:
+//
+//   of g:  w r P(v) + a y + b
+//   of w:  sum(r v P(g))
+//   of x:  r P(q) - y r^2 w mean(v P(g)),  where q = a g - w r (v mean(g y) + g mean(v y)) is the
+//          cotangent of y, and the second term comes from r
+struct BatchNormBackward : Function<BatchNormBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
+                               const Tensor& mean, const Tensor& var,
+                               const optional<Tensor>& weight, double eps, bool training) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({grad_output, input, mean, var, weight.value_or(Tensor())});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["training"] = training;
+    auto [grad_input, grad_weight, grad_bias] =
+        batch_norm_backward(grad_output, input, mean, var, weight, eps, training);
+    return {grad_input, grad_weight, grad_bias};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::ScalarType input_type = saved[1].scalar_type();
+    const at::ScalarType type = input_type == at::kDouble ? at::kDouble : at::kFloat;
+    const double eps = ctx->saved_data["eps"].toDouble();
+    std::vector<int64_t> broadcast(saved[1].dim(), 1), others{0};
+    broadcast[1] = -1;
+    for (int64_t d = 2; d < saved[1].dim(); ++d) others.push_back(d);
+    const auto per_channel = [&](const Tensor& t) { return t.to(type).reshape(broadcast); };
+    const auto mean = [&](const Tensor& t) { return t.mean(others, /*keepdim=*/true); };
+
+    const Tensor g = saved[0].to(type), x = saved[1].to(type), v = grads[0].to(type);
+    const Tensor a = per_channel(grads[1]), b = per_channel(grads[2]);
+    const Tensor w = saved[4].defined() ? per_channel(saved[4]) : at::ones({}, x.options());
+    Tensor of_g, of_x, of_w;
+    if (ctx->saved_data["training"].toBool()) {
+      const Tensor d = x - mean(x);
+      const Tensor r = (mean(d * d) + eps).rsqrt();
+      const Tensor y = d * r;
+      const auto P = [&](const Tensor& u) { return u - mean(u) - y * mean(u * y); };
+      const Tensor v_P_g = v * P(g);
+      const Tensor q = a * g - w * r * (v * mean(g * y) + g * mean(v * y));
+      of_g = w * r * P(v) + a * y + b;
+      of_x = r * P(q) - y * (r * r * w * mean(v_P_g));
+      of_w = v_P_g * r;
+    } else {
+      const Tensor r = (per_channel(saved[3]) + eps).rsqrt();
+      of_g = w * r * v + a * (x - per_channel(saved[2])) * r + b;
+      of_x = a * r * g;
+      of_w = v * g * r;
+    }
+    of_w = saved[4].defined() ? of_w.sum(others).to(saved[4].scalar_type()) : Tensor();
+    return {of_g.to(input_type), of_x.to(input_type), {}, {}, of_w, {}, {}};
+  }
+};
+
+Triple batch_norm_train_autograd(const Tensor& input, const optional<Tensor>& weight,
+                                 const optional<Tensor>& bias, double eps) {
+  const variable_list results = BatchNormTrain::apply(input, weight, bias, eps);
+  return {results[0], results[1], results[2]};
+}
+
+Tensor batch_norm_eval_autograd(const Tensor& input, const Tensor& mean, const Tensor& var,
+                                const optional<Tensor>& weight, const optional<Tensor>& bias,
+                                double eps) {
+  return BatchNormEval::apply(input, mean, var, weight, bias, eps);
+}
+
+Triple batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
+                                    const Tensor& mean, const Tensor& var,
+                                    const optional<Tensor>& weight, double eps, bool training) {
+  const variable_list results =
+      BatchNormBackward::apply(grad_output, input, mean, var, weight, eps, training);
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(convext, Autograd, m) {
+  m.impl("batch_norm_train", &batch_norm_train_autograd);
+  m.impl("batch_norm_eval", &batch_norm_eval_autograd);
+  m.impl("batch_norm_backward", &batch_norm_backward_autograd);
+}
+
+}  // namespace convext

@@ -1,0 +1,18 @@
+// A batch norm as a value: sizes only, no pointers. It takes (N, C, *), of which * matters only by
+// its product.
+#pragma once
+
+#include <cstdint>
+
+namespace convext {
+
+struct BatchNormProblem {
+  int64_t batch, channels, pixels;
+
+  int64_t count() const {
+    return batch * pixels;
+  }  // values that a channel's statistics are made of
+  int64_t elements() const { return count() * channels; }
+};
+
+}  // namespace convext

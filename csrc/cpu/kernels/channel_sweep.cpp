@@ -1,0 +1,289 @@
+#include "cpu/kernels/channel_sweep.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels/slots.h"
+
+namespace convext::cpu {
+namespace {
+
+constexpr int64_t kImageColumns = 64;
+constexpr int64_t kRangeColumns = 512;  // a few rows of them stay in the first-level cache
+constexpr int64_t kMostSplits = 64;
+constexpr int64_t kSplitRows = 256;   // least rows of a split; what a sum in T may add up, about
+constexpr int64_t kPieceSize = 4096;  // elements
+constexpr int64_t kSampleRows = 8;
+constexpr int64_t kWorthAThread = 64 * 1024;  // elements
+
+// Rows that are worked on at a time: as many as the first-level cache holds, in whole chains of
+// sums.
+int64_t piece_rows(int64_t cols) {
+  return std::max<int64_t>(1, kPieceSize / std::max<int64_t>(1, cols) / kSumChain) * kSumChain;
+}
+
+// Calls body(piece) for the sheet in pieces.
+template <class Body>
+void for_pieces(const Sheet& sheet, const Body& body) {
+  const int64_t most = piece_rows(sheet.cols);
+  for (int64_t row = 0; row < sheet.rows; row += most) {
+    body(Sheet{sheet.offset + row * sheet.ld, sheet.ld, std::min(most, sheet.rows - row),
+               sheet.cols});
+  }
+}
+
+// The sum of n values, in double, in four chains.
+template <class T>
+double total(const T* values, int64_t n) {
+  double sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    for (int j = 0; j < 4; ++j) sum[j] += values[i + j];
+  }
+  for (; i < n; ++i) sum[0] += values[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+}  // namespace
+
+ChannelGrid::ChannelGrid(const BatchNormProblem& p, Layout layout)
+    : batch_(p.batch), channels_(p.channels), pixels_(p.pixels), copies_(1), rest_(0) {
+  const bool nchw = layout == Layout::nchw;
+  // Images side by side make long columns; a few images with many pixels would make short ones.
+  by_image_ = nchw && (pixels_ > kRangeColumns || (pixels_ >= 2 * kImageColumns && batch_ < 32));
+  if (by_image_) {
+    span_ = kImageColumns;
+    unit_ = channels_ * pixels_;
+    rows_ = batch_;
+    range_channels_ = 1;
+    split_rows_ = std::max<int64_t>(1, ceil_div(rows_, kMostSplits));
+  } else {
+    span_ = nchw ? std::max<int64_t>(1, pixels_) : 1;
+    unit_ = channels_ * span_;
+    const int64_t units = nchw ? batch_ : p.count();
+    // Enough copies for 32 columns and for a multiple of 16, which suits the vectors of every ISA.
+    while (copies_ < 32 && unit_ * copies_ * 2 <= kRangeColumns &&
+           (unit_ * copies_ < 32 || unit_ * copies_ % 16)) {
+      copies_ *= 2;
+    }
+    rows_ = units / copies_;
+    rest_ = units % copies_;
+    range_channels_ = copies_ > 1 ? channels_
+                                  : std::clamp<int64_t>(kRangeColumns / span_, 1,
+                                                        std::max<int64_t>(1, channels_));
+    split_rows_ = round_up(std::max<int64_t>(1, ceil_div(rows_, kMostSplits)), kSplitRows);
+  }
+  ranges_ = p.elements() ? ceil_div(channels_, range_channels_) : 0;
+  splits_ = std::max<int64_t>(1, ceil_div(rows_, split_rows_));
+}
+
+int64_t ChannelGrid::channels(int64_t range) const {
+  return std::min(range_channels_, channels_ - first_channel(range));
+}
+
+template <class Body>
+void ChannelGrid::for_sheets(int64_t range, int64_t split, const Body& body) const {
+  const int64_t first = split * split_rows_, end = std::min(rows_, first + split_rows_);
+  const int64_t channel = first_channel(range);
+  if (by_image_) {
+    const int64_t rest = pixels_ % span_;
+    for (int64_t n = first; n < end; ++n) {
+      const int64_t offset = n * unit_ + channel * pixels_;
+      body(Sheet{offset, span_, pixels_ / span_, span_});
+      if (rest) body(Sheet{offset + pixels_ - rest, span_, 1, rest});
+    }
+    return;
+  }
+  const int64_t ld = copies_ * unit_;
+  if (end > first) {
+    body(Sheet{first * ld + channel * span_, ld, end - first, copies_ * channels(range) * span_});
+  }
+  if (rest_ && split == splits_ - 1) body(Sheet{rows_ * ld, ld, 1, rest_ * unit_});
+}
+
+Sheet ChannelGrid::sample(int64_t range) const {
+  if (rows_ == 0) return {0, unit_, 1, rest_ * unit_};
+  const int64_t ld = by_image_ ? unit_ : copies_ * unit_;
+  const int64_t columns = copies_ * channels(range) * span_;
+  return {first_channel(range) * (by_image_ ? pixels_ : span_),
+          ld * std::max<int64_t>(1, rows_ / kSampleRows), std::min(rows_, kSampleRows), columns};
+}
+
+// What one thread works with.
+template <class T>
+struct ChannelSweep<T>::Scratch {
+  T *shift, *scale, *offset, *grad_scale, *sum, *dot;  // [columns]
+  T *a, *b;                                            // pieces, for 16-bit tensors
+};
+
+template <class T>
+typename ChannelSweep<T>::Scratch ChannelSweep<T>::scratch(Arena& arena) const {
+  const int64_t columns = round_up(grid_.most_columns(), kColumnPadding) + kColumnPadding;
+  const bool converts = size_of(dtype_) != int64_t(sizeof(T));
+  const int64_t piece = converts ? kPieceSize + kSumChain * columns : 0;
+  Scratch s;
+  for (T** array : {&s.shift, &s.scale, &s.offset, &s.grad_scale, &s.sum, &s.dot}) {
+    *array = arena.take<T>(columns);
+  }
+  s.a = arena.take<T>(piece);
+  s.b = arena.take<T>(piece);
+  return s;
+}
+
+template <class T>
+ChannelSweep<T>::ChannelSweep(const BatchNormProblem& p, DType dtype, Layout layout,
+                              const IsaKernels& isa, int64_t threads, Arena& arena)
+    : grid_(p, layout), isa_(isa.of<T>()), dtype_(dtype), channels_(p.channels) {
+  const int64_t worth = 1 + p.elements() / kWorthAThread;
+  slots_ = std::max<int64_t>(1, std::min({grid_.items(), threads, worth}));
+  partials_ = arena.take<double>(2 * grid_.splits() * channels_);
+  Arena part(nullptr);
+  scratch(part);
+  part_size_ = part.used();
+  parts_ = arena.take_parts(slots_, part);
+}
+
+template <class T>
+typename ChannelSweep<T>::Scratch ChannelSweep<T>::scratch_of(int64_t slot) const {
+  Arena own(parts_ + slot * part_size_);
+  return scratch(own);
+}
+
+// A value for each channel of the range, laid out over its columns.
+template <class T>
+void ChannelSweep<T>::expand(const T* values, int64_t range, T* columns) const {
+  if (!values) return;
+  values += grid_.first_channel(range);
+  const int64_t channels = grid_.channels(range), span = grid_.span();
+  for (int64_t copy = 0; copy < grid_.copies(); ++copy) {
+    if (span == 1) {
+      columns = std::copy_n(values, channels, columns);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c, columns += span) std::fill_n(columns, span, values[c]);
+  }
+}
+
+// Adds the columns up, channel by channel, and begins anew.
+template <class T>
+void ChannelSweep<T>::flush(T* sums, int64_t range, double* totals) const {
+  const int64_t channels = grid_.channels(range), span = grid_.span();
+  const T* column = sums;
+  for (int64_t copy = 0; copy < grid_.copies(); ++copy) {
+    for (int64_t c = 0; c < channels; ++c, column += span) {
+      totals[c] += span == 1 ? double(*column) : total(column, span);
+    }
+  }
+  std::fill(sums, sums + (column - sums), T(0));
+}
+
+// The piece as T, densely where it had to be converted.
+template <class T>
+const T* ChannelSweep<T>::read(const void* data, const Sheet& piece, T* scratch) const {
+  if (size_of(dtype_) == int64_t(sizeof(T))) return static_cast<const T*>(data) + piece.offset;
+  if (piece.ld == piece.cols) {
+    isa_.load(dtype_, data, piece.offset, scratch, piece.rows * piece.cols);
+  } else {
+    for (int64_t r = 0; r < piece.rows; ++r) {
+      isa_.load(dtype_, data, piece.offset + r * piece.ld, scratch + r * piece.cols, piece.cols);
+    }
+  }
+  return scratch;
+}
+
+template <class T>
+void ChannelSweep<T>::sample_means(const void* x, T* mean) {
+  run_slots(std::min(slots_, grid_.ranges()), grid_.ranges(), [&](int64_t slot, int64_t range) {
+    const Scratch s = scratch_of(slot);
+    const Sheet sheet = grid_.sample(range);
+    const bool converts = size_of(dtype_) != int64_t(sizeof(T));
+    std::fill_n(s.sum, grid_.most_columns(), T(0));
+    isa_.column_sums({ColumnSum::total, read(x, sheet, s.a), nullptr,
+                      converts ? sheet.cols : sheet.ld, sheet.rows, sheet.cols, nullptr, s.sum,
+                      nullptr});
+    double* sum = partials_ + grid_.first_channel(range);
+    std::fill_n(sum, grid_.channels(range), 0.0);
+    flush(s.sum, range, sum);
+    const double count = double(sheet.rows * (sheet.cols / grid_.channels(range)));
+    for (int64_t c = 0; c < grid_.channels(range); ++c) {
+      const T value = T(sum[c] / count);
+      mean[grid_.first_channel(range) + c] = std::isfinite(value) ? value : T(0);
+    }
+  });
+}
+
+template <class T>
+void ChannelSweep<T>::sums(ColumnSum kind, const void* a, const void* b, const T* shift,
+                           double* sum, double* dot) {
+  const bool converts = size_of(dtype_) != int64_t(sizeof(T));
+  run_slots(slots_, grid_.items(), [&](int64_t slot, int64_t item) {
+    const int64_t range = item % grid_.ranges(), split = item / grid_.ranges();
+    const Scratch s = scratch_of(slot);
+    double* totals = partials_ + 2 * split * channels_ + grid_.first_channel(range);
+    double* dots = totals + channels_;
+    std::fill_n(totals, grid_.channels(range), 0.0);
+    std::fill_n(dots, grid_.channels(range), 0.0);
+    std::fill_n(s.sum, grid_.most_columns(), T(0));
+    std::fill_n(s.dot, grid_.most_columns(), T(0));
+    expand(shift, range, s.shift);
+    int64_t pending = 0;  // rows summed up in T
+    const auto finish = [&] {
+      flush(s.sum, range, totals);
+      if (dot) flush(s.dot, range, dots);
+      pending = 0;
+    };
+    grid_.for_sheets(range, split, [&](const Sheet& sheet) {
+      for_pieces(sheet, [&](const Sheet& piece) {
+        const T* left = read(a, piece, s.a);
+        const T* right = b ? read(b, piece, s.b) : nullptr;
+        isa_.column_sums({kind, left, right, converts ? piece.cols : piece.ld, piece.rows,
+                          piece.cols, s.shift, s.sum, s.dot});
+        pending += piece.rows;
+        if (pending >= kSplitRows) finish();
+      });
+    });
+    if (pending) finish();
+  });
+  for (int64_t c = 0; c < channels_; ++c) {
+    sum[c] = 0;
+    if (dot) dot[c] = 0;
+  }
+  if (grid_.items() == 0) return;
+  for (int64_t split = 0; split < grid_.splits(); ++split) {
+    const double* part = partials_ + 2 * split * channels_;
+    for (int64_t c = 0; c < channels_; ++c) sum[c] += part[c];
+    for (int64_t c = 0; dot && c < channels_; ++c) dot[c] += part[channels_ + c];
+  }
+}
+
+template <class T>
+void ChannelSweep<T>::map(const void* x, const void* grad, const T* shift, const T* scale,
+                          const T* offset, const T* grad_scale, void* out) {
+  const bool converts = size_of(dtype_) != int64_t(sizeof(T));
+  run_slots(slots_, grid_.items(), [&](int64_t slot, int64_t item) {
+    const int64_t range = item % grid_.ranges(), split = item / grid_.ranges();
+    const Scratch s = scratch_of(slot);
+    expand(shift, range, s.shift);
+    expand(scale, range, s.scale);
+    expand(offset, range, s.offset);
+    expand(grad_scale, range, s.grad_scale);
+    grid_.for_sheets(range, split, [&](const Sheet& sheet) {
+      for_pieces(sheet, [&](const Sheet& piece) {
+        const T* left = read(x, piece, s.a);
+        const T* right = grad ? read(grad, piece, s.b) : nullptr;
+        T* target = converts ? s.a : static_cast<T*>(out) + piece.offset;
+        isa_.column_map({left, right, converts ? piece.cols : piece.ld, piece.rows, piece.cols,
+                         s.shift, s.scale, s.offset, s.grad_scale, target});
+        if (!converts) return;
+        for (int64_t r = 0; r < piece.rows; ++r) {
+          isa_.store(s.a + r * piece.cols, dtype_, out, piece.offset + r * piece.ld, piece.cols);
+        }
+      });
+    });
+  });
+}
+
+template class ChannelSweep<float>;
+template class ChannelSweep<double>;
+
+}  // namespace convext::cpu

@@ -1,0 +1,96 @@
+// One pass over a tensor (N, C, *) that treats every channel by itself: sums per channel, or a
+// linear map with a channel's own coefficients. Batch norm and the gradient of a bias are made of
+// these.
+//
+// The vector code works down the columns of a matrix (see ColumnSums in isa.h), so the tensor is
+// read as one whose columns each belong to one channel. Which one depends on the shape alone:
+//
+//   rows      a row is an image of an nchw tensor, C * pixels columns, or a pixel of an nhwc
+//   tensor, C
+//             columns; several such units side by side where one would not fill vectors
+//   images    for many pixels: each channel of each image by itself, as rows of kImageColumns
+//   pixels
+#pragma once
+
+#include <cstdint>
+
+#include "common/batch_norm_problem.h"
+#include "common/types.h"
+#include "cpu/kernels/arena.h"
+#include "cpu/kernels/isa.h"
+
+namespace convext::cpu {
+
+// A matrix inside the tensor; offsets and distances in elements.
+struct Sheet {
+  int64_t offset, ld, rows, cols;
+};
+
+// How the tensor is cut. Items are independent: a range of channels in a part ("split") of the
+// batch.
+class ChannelGrid {
+ public:
+  ChannelGrid(const BatchNormProblem&, Layout);
+
+  int64_t ranges() const { return ranges_; }
+  int64_t splits() const { return splits_; }
+  int64_t items() const { return ranges_ * splits_; }
+
+  int64_t first_channel(int64_t range) const { return range * range_channels_; }
+  int64_t channels(int64_t range) const;
+
+  // Columns of a range: copies() times all of its channels, span() adjacent columns for each.
+  int64_t copies() const { return copies_; }
+  int64_t span() const { return span_; }
+  int64_t most_columns() const { return copies_ * range_channels_ * span_; }
+
+  // Calls body(sheet) for every part of the item, in order. A sheet with fewer columns has the
+  // first.
+  template <class Body>
+  void for_sheets(int64_t range, int64_t split, const Body& body) const;
+
+  // A few rows of the range, spread over the batch.
+  Sheet sample(int64_t range) const;
+
+ private:
+  int64_t batch_, channels_, pixels_;
+  bool by_image_;
+  int64_t copies_, span_, range_channels_, ranges_;
+  int64_t unit_, rows_, rest_;  // unit: elements; rest: units after the last full row
+  int64_t splits_, split_rows_;
+};
+
+// Lays its workspace out on construction; on a counting arena nothing else may be called.
+template <class T>
+class ChannelSweep {
+ public:
+  ChannelSweep(const BatchNormProblem&, DType, Layout, const IsaKernels&, int64_t threads, Arena&);
+
+  // Of each channel's values in `x`, the mean of a few; 0 where that is not finite.
+  void sample_means(const void* x, T* mean);
+
+  // Each channel's sums of the given kind; dot is null for ColumnSum::total.
+  void sums(ColumnSum kind, const void* a, const void* b, const T* shift, double* sum, double* dot);
+
+  // (x - shift) * scale + offset [+ grad * grad_scale], with the parameters of the channel.
+  void map(const void* x, const void* grad, const T* shift, const T* scale, const T* offset,
+           const T* grad_scale, void* out);
+
+ private:
+  struct Scratch;
+  Scratch scratch(Arena&) const;
+  Scratch scratch_of(int64_t slot) const;
+  void expand(const T* values, int64_t range, T* columns) const;
+  void flush(T* sums, int64_t range, double* totals) const;
+  const T* read(const void* data, const Sheet&, T* scratch) const;
+
+  const ChannelGrid grid_;
+  const VectorKernels<T>& isa_;
+  const DType dtype_;
+  const int64_t channels_;
+  int64_t slots_, part_size_ = 0;
+  double* partials_;  // [split][2][channel]
+  char* parts_;       // [slot]
+};
+
+}  // namespace convext::cpu
