@@ -1,0 +1,8 @@
+"""Looking inside a network: any torch.nn.Module, stock layers or ours.
+
+Every function returns data first; drawing is a step of its own.
+"""
+
+from convext.inspection.summary import LayerRow, Summary, summary
+
+__all__ = ["LayerRow", "Summary", "summary"]

@@ -1,0 +1,53 @@
+"""The lesson's network: five stride-2 convolutions that take a 28x28 digit to ten numbers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+# (in_channels, out_channels, kernel_size) of each convolution. The first kernel is 5x5, since
+# a 3x3 one would compute 8 numbers from only 9 pixels.
+CONVOLUTIONS = ((1, 8, 5), (8, 16, 3), (16, 32, 3), (32, 64, 3), (64, 10, 3))
+
+
+def lesson_cnn(layers: str = "convext", algorithm: str = "auto") -> nn.Sequential:
+    """Builds the network, initialised from torch's global generator.
+
+    Each convolution has stride 2 and padding kernel_size // 2, so that it halves the grid
+    (28, 14, 7, 4, 2, 1) while channels double; ReLU and then batch normalisation follow each
+    but the last. Both kinds of layers draw the same initial weights from the same seed, and
+    their state_dicts have the same keys.
+
+    Args:
+        layers: "convext" for this package's layers, "torch" for stock ones.
+        algorithm: for convext's convolutions; see `convext.algorithms`.
+
+    Returns:
+        A module from (N, 1, 28, 28) to class scores (N, 10).
+
+    Raises:
+        ValueError: unknown `layers`, or an algorithm named for stock layers.
+    """
+    if layers == "convext":
+        import convext
+
+        conv_type, norm_type = convext.Conv2d, convext.BatchNorm2d
+        options = {"algorithm": algorithm}
+    elif layers == "torch":
+        if algorithm != "auto":
+            raise ValueError(f"algorithm={algorithm!r} needs layers='convext', got layers='torch'")
+        conv_type, norm_type, options = nn.Conv2d, nn.BatchNorm2d, {}
+    else:
+        raise ValueError(f"layers must be 'convext' or 'torch', got {layers!r}")
+
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (inputs, outputs, size) in enumerate(CONVOLUTIONS, start=1):
+        modules[f"conv{number}"] = conv_type(
+            inputs, outputs, size, stride=2, padding=size // 2, **options
+        )
+        if number < len(CONVOLUTIONS):
+            modules[f"relu{number}"] = nn.ReLU()
+            modules[f"norm{number}"] = norm_type(outputs)
+    modules["flatten"] = nn.Flatten()
+    return nn.Sequential(modules)
