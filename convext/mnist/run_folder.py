@@ -1,0 +1,104 @@
+"""A run's folder: last.ckpt to go on from, metrics.json to read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from convext.errors import UserError
+
+CHECKPOINT = "last.ckpt"
+METRICS = "metrics.json"
+
+
+def new_run_folder(out: str | Path | None, name: str) -> Path:
+    """Makes the folder of a new run: `out`, or else the first free runs/NAME-001, -002, ...
+
+    Raises:
+        UserError: `out` holds a run already, or the folder can't be made or written to.
+    """
+    if out is not None:
+        folder = Path(out).expanduser()
+        if (folder / CHECKPOINT).exists():
+            raise UserError(f"--out: {folder} holds a run; go on with it by --resume {folder}")
+        return writable_folder(folder)
+    for number in range(1, 1_000_000):
+        folder = Path("runs") / f"{name}-{number:03d}"
+        if not folder.exists():
+            return writable_folder(folder)
+    raise UserError("runs: no free name is left; give one with --out")
+
+
+def writable_folder(folder: Path) -> Path:
+    """Makes the folder if need be, and makes sure now, not after the training, of writing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out: {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def load_checkpoint(path: str | Path) -> tuple[Path, dict]:
+    """Reads a checkpoint, given itself or its run's folder.
+
+    Only tensors and plain values are unpickled, so that a checkpoint can run no code.
+
+    Returns:
+        The checkpoint's path and what it holds.
+
+    Raises:
+        UserError: there is none, or the file is not one that `convext train` wrote.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / CHECKPOINT
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"--resume: {path}: no such checkpoint") from error
+    except OSError as error:
+        raise UserError(f"--resume: {path}: {error.strerror or error}") from error
+    except Exception as error:  # damaged pickles raise whatever they please
+        raise UserError(f"--resume: {path}: not a checkpoint, or a broken one") from error
+    if not isinstance(checkpoint, dict) or "convext" not in checkpoint:
+        raise UserError(f"--resume: {path}: not a checkpoint of convext train")
+    return path, checkpoint
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name to write to; at the end of the block that file takes the place of `path`.
+
+    Whenever the process dies, `path` is the old file or the new one, whole.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes the file, whole or not at all. A number that is not finite becomes null."""
+    with replacing(path) as temporary:
+        text = json.dumps(_finite(content), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity, which a diverged loss is."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,277 @@
+"""One run of training, from options to metrics.json: what `convext train` does."""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import warnings
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+
+from convext.errors import UserError
+from convext.inspection.summary import Summary, summary
+from convext.mnist.callbacks import EpochTable, InterruptError, ProgressBar, SaveRun, interruptible
+from convext.mnist.data import Dataset, load_data
+from convext.mnist.learner import Learner
+from convext.mnist.loader import BatchLoader
+from convext.mnist.model import lesson_cnn
+from convext.mnist.run_folder import (
+    METRICS,
+    load_checkpoint,
+    new_run_folder,
+    writable_folder,
+    write_json,
+)
+
+# Digits are forty times fewer than MNIST: in one epoch of batches of 512 they would make two
+# steps. So the book's setting is the default for MNIST only.
+DEFAULTS = {
+    "mnist": {"epochs": 1, "batch_size": 512, "lr": 0.06},
+    "digits": {"epochs": 10, "batch_size": 64, "lr": 0.06},
+}
+VALID_BATCH = 1000  # images at once in validation; a constant, since it changes no result
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; None leaves it to the default, or on resuming to the run.
+
+    data: "mnist", "digits" or "auto"; data_dir: where the MNIST files lie; layers: "convext" or
+    "torch"; algorithm: for convext's convolutions; out: the run's folder; resume: a run's
+    folder or checkpoint to go on from. The others say themselves what they are.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int | None = None
+    data: str | None = None
+    data_dir: str | Path | None = None
+    layers: str | None = None
+    algorithm: str | None = None
+    threads: int | None = None
+    out: str | Path | None = None
+    resume: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is: everything that its result depends on. Kept in its checkpoint."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    data: str
+    layers: str
+    algorithm: str
+    threads: int
+
+
+def train(options: Options, console: Console | None = None) -> dict:
+    """Trains as the options say, showing what happens on the console.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: an option, a file or a folder that won't do.
+        KeyboardInterrupt: Ctrl-C, with a message that says what was kept.
+    """
+    console = console or Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    _check(options)
+    path, checkpoint = load_checkpoint(options.resume) if options.resume else (None, None)
+    dataset = load_data(_data_name(options, checkpoint), options.data_dir)
+    settings = _settings(options, dataset, checkpoint)
+    if path is None:
+        folder = new_run_folder(options.out, f"{settings.data}-{settings.layers}")
+    else:
+        folder = writable_folder(Path(options.out).expanduser() if options.out else path.parent)
+
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    model = lesson_cnn(settings.layers, settings.algorithm)
+    described = summary(model, (1, *dataset.train.images.shape[1:]))
+    batches = BatchLoader(
+        dataset.train.images,
+        dataset.train.labels,
+        settings.batch_size,
+        seed=settings.seed,
+        drop_last=True,
+    )
+    learner = Learner(model, settings.lr, total_steps=settings.epochs * len(batches))
+    _announce(console, settings, dataset, described, batches)
+
+    def write_metrics() -> dict:
+        metrics = _metrics(settings, described, learner.history)
+        write_json(folder / METRICS, metrics)
+        return metrics
+
+    try:
+        with interruptible(), _QuietLightning():
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=1,
+                max_epochs=settings.epochs,
+                callbacks=[
+                    ProgressBar(console),
+                    # Saved first: an epoch's line says that the epoch is kept.
+                    SaveRun(folder, asdict(settings), after=write_metrics),
+                    EpochTable(console),
+                ],
+                logger=False,
+                enable_checkpointing=False,  # SaveRun does it
+                enable_progress_bar=False,  # ProgressBar does it
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                default_root_dir=folder,
+            )
+            validation = BatchLoader(dataset.valid.images, dataset.valid.labels, VALID_BATCH)
+            trainer.fit(learner, batches, validation, ckpt_path=path, weights_only=True)
+    except InterruptError:
+        raise KeyboardInterrupt(_kept(folder, settings)) from None
+    metrics = write_metrics()  # again, for a run that had nothing left to train
+    if checkpoint and len(checkpoint["history"]) == settings.epochs:
+        console.print(f"Nothing left to train: {_count(settings.epochs, 'epoch')} done already")
+    console.print(f"\n{folder}/last.ckpt: to go on from, with --resume {folder} --epochs N")
+    console.print(f"{folder}/{METRICS}: these figures, for programs")
+    return metrics
+
+
+def _check(options: Options) -> None:
+    """Looks at every number, so that a mistake costs no waiting."""
+
+    def number(name: str, value: float | None, good: bool, want: str) -> None:
+        if value is not None and not good:
+            raise UserError(f"--{name} must be {want}, got {value}")
+
+    epochs, batch, lr = options.epochs, options.batch_size, options.lr
+    seed, threads = options.seed, options.threads
+    number("epochs", epochs, epochs is not None and epochs >= 1, "at least 1")
+    number(
+        "batch-size",
+        batch,
+        batch is not None and batch >= 2,
+        "at least 2 (batch norm needs more than one image)",
+    )
+    number("lr", lr, lr is not None and 0 < lr < math.inf, "above 0 and finite")
+    number("seed", seed, seed is not None and 0 <= seed < 2**63, "from 0 to 2**63 - 1")
+    number("threads", threads, threads is not None and 1 <= threads <= 1024, "from 1 to 1024")
+    if options.layers == "torch" and options.algorithm not in (None, "auto"):
+        raise UserError(f"--algorithm {options.algorithm} needs --layers convext")
+    if options.algorithm not in (None, "auto"):
+        import convext
+
+        if options.algorithm not in convext.algorithms():
+            names = ", ".join(("auto", *convext.algorithms()))
+            raise UserError(f"--algorithm must be one of {names}, got {options.algorithm}")
+
+
+def _data_name(options: Options, checkpoint: dict | None) -> str:
+    if checkpoint is None:
+        return options.data or "auto"
+    return checkpoint["convext"]["data"]
+
+
+def _settings(options: Options, dataset: Dataset, checkpoint: dict | None) -> Settings:
+    chosen = {
+        name: value
+        for name, value in vars(options).items()
+        if name in Settings.__dataclass_fields__ and value is not None
+    }
+    chosen["data"] = dataset.name
+    if checkpoint is None:
+        rest = {"seed": 0, "layers": "convext", "algorithm": "auto"}
+        rest["threads"] = torch.get_num_threads()
+        return Settings(**{**rest, **DEFAULTS[dataset.name], **chosen})
+
+    run = Settings(**checkpoint["convext"])
+    if options.data not in (None, "auto"):
+        chosen["data"] = options.data
+    for name, value in chosen.items():
+        if name not in ("epochs", "threads") and value != getattr(run, name):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {value}: the run to resume has {getattr(run, name)}")
+    settings = replace(run, **chosen)
+    done = len(checkpoint["history"])
+    if settings.epochs < done:
+        raise UserError(f"--epochs {settings.epochs}: the run to resume has trained {done} already")
+    return settings
+
+
+def _announce(
+    console: Console, settings: Settings, dataset: Dataset, described: Summary, batches: BatchLoader
+) -> None:
+    if dataset.note:
+        console.print(dataset.note)
+    kind = f"convext, algorithm {settings.algorithm}"
+    console.print(
+        f"data      {dataset.name}: {len(dataset.train):,} images to train on, "
+        f"{len(dataset.valid):,} to validate with ({dataset.source})"
+    )
+    console.print(f"layers    {kind if settings.layers == 'convext' else 'torch, the stock ones'}")
+    console.print(
+        f"training  {_count(settings.epochs, 'epoch')} of {len(batches)} batches of "
+        f"{batches.batch_size}, learning rate up to {settings.lr:g}, seed {settings.seed}, "
+        f"{_count(settings.threads, 'thread')}\n"
+    )
+    console.print(described if console.is_terminal else f"{described}\n")
+
+
+def _metrics(settings: Settings, described: Summary, history: list[dict]) -> dict:
+    last = history[-1]
+    return {
+        "accuracy": last["accuracy"],
+        "valid_loss": last["valid_loss"],
+        # Of the steps alone: reading the data and validating are not in it.
+        "train_seconds": sum(epoch["train_seconds"] for epoch in history),
+        "parameters": described.parameters,
+        **asdict(settings),
+        "versions": {
+            "convext": _convext_version(),
+            "torch": torch.__version__,
+            "lightning": pl.__version__,
+            "python": platform.python_version(),
+        },
+        "history": history,
+    }
+
+
+def _convext_version() -> str:
+    try:
+        return metadata.version("convext")
+    except metadata.PackageNotFoundError:
+        return "not installed"  # run from its source folder
+
+
+def _kept(folder: Path, settings: Settings) -> str:
+    """What an interrupted run leaves. The file is asked, for Ctrl-C may come at any moment."""
+    try:
+        path, checkpoint = load_checkpoint(folder)
+    except UserError:
+        return "Interrupted before the first epoch ended: nothing was kept"
+    return (
+        f"Interrupted: {path} holds {_count(len(checkpoint['history']), 'epoch')} of "
+        f"{settings.epochs}; go on with --resume {folder}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+class _QuietLightning(warnings.catch_warnings):
+    """Within the block, Lightning's tips, adverts and warnings are not shown; errors are."""
+
+    def __enter__(self):
+        entered = super().__enter__()
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        return entered
