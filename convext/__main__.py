@@ -1,0 +1,108 @@
+"""The command line: `python -m convext COMMAND`, or `convext COMMAND`.
+
+A command is a function that adds its parser: write it, and list it in COMMANDS. What a
+command needs is imported when it runs, so that `--help` is quick and an extra that is not
+installed stops only the commands that use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from convext.errors import UserError
+
+# The module that an import misses -> the extra that brings it.
+EXTRAS = {
+    "filelock": "train",
+    "lightning": "train",
+    "pooch": "train",
+    "requests": "train",
+    "rich": "train",
+    "sklearn": "digits",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse would print the usage too."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train the lesson's CNN on MNIST",
+        description="Trains the lesson's CNN on MNIST, or where MNIST can't be had on "
+        "scikit-learn's digits. Writes last.ckpt and metrics.json into the run's folder.",
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, metavar="N", help="(default: 1; digits: 10)")
+    add("--batch-size", type=int, metavar="N", help="images per step (default: 512; digits: 64)")
+    add("--lr", type=float, metavar="RATE", help="highest rate of the 1cycle (default: 0.06)")
+    add("--seed", type=int, metavar="N", help="of weights and order of images (default: 0)")
+    add(
+        "--data",
+        choices=("mnist", "digits", "auto"),
+        help="auto is MNIST where it can be had, else digits (default: auto)",
+    )
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="where the MNIST files lie (default: $CONVEXT_DATA, else the user's cache, "
+        "into which they are downloaded)",
+    )
+    add("--layers", choices=("convext", "torch"), help="whose layers (default: convext)")
+    add("--algorithm", metavar="NAME", help="of the convolutions (default: auto)")
+    add("--threads", type=int, metavar="N", help="(default: torch's own choice)")
+    add("--out", metavar="DIR", help="the run's folder (default: a new one in runs/)")
+    add(
+        "--resume",
+        metavar="RUN",
+        help="go on with this run (folder or checkpoint) up to --epochs; the other options "
+        "are the run's own",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from convext.mnist.train import Options, train
+
+        names = Options.__dataclass_fields__
+        train(Options(**{name: getattr(args, name) for name in names}))
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_train,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    parser = _Parser(prog="convext", description="Convolution you can hold in your hand.")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True)
+    for add_command in COMMANDS:
+        add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        return _complain(args.command, str(error), 2)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        advice = f"needs {error.name}: pip install 'convext[{extra}]'"
+        return _complain(args.command, advice, 2)
+    except KeyboardInterrupt as error:
+        return _complain(args.command, str(error) or "Interrupted", 130)
+    return 0
+
+
+def _complain(command: str, message: str, status: int) -> int:
+    print(f"convext {command}: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
