@@ -59,7 +59,7 @@ class Learner(pl.LightningModule):
             betas=(MAX_MOMENTUM, 0.99),
             eps=1e-5,
             weight_decay=0.01,
-            fused=True,  # one kernel for all parameters: a third of the loop's time per step
+            fused=True,  # one kernel for all parameters: 0.2 ms a step, a loop takes 0.9
         )
         schedule = OneCycleLR(
             optimizer,
