@@ -7,13 +7,13 @@ import math
 import platform
 import warnings
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
+import convext
 from convext.errors import UserError
 from convext.inspection.summary import Summary, summary
 from convext.mnist.callbacks import EpochTable, InterruptError, ProgressBar, SaveRun, interruptible
@@ -165,12 +165,9 @@ def _check(options: Options) -> None:
     number("threads", threads, threads is not None and 1 <= threads <= 1024, "from 1 to 1024")
     if options.layers == "torch" and options.algorithm not in (None, "auto"):
         raise UserError(f"--algorithm {options.algorithm} needs --layers convext")
-    if options.algorithm not in (None, "auto"):
-        import convext
-
-        if options.algorithm not in convext.algorithms():
-            names = ", ".join(("auto", *convext.algorithms()))
-            raise UserError(f"--algorithm must be one of {names}, got {options.algorithm}")
+    names = ("auto", *convext.algorithms())
+    if options.algorithm is not None and options.algorithm not in names:
+        raise UserError(f"--algorithm must be one of {', '.join(names)}, got {options.algorithm}")
 
 
 def _data_name(options: Options, checkpoint: dict | None) -> str:
@@ -234,20 +231,13 @@ def _metrics(settings: Settings, described: Summary, history: list[dict]) -> dic
         "parameters": described.parameters,
         **asdict(settings),
         "versions": {
-            "convext": _convext_version(),
+            "convext": convext.__version__,
             "torch": torch.__version__,
             "lightning": pl.__version__,
             "python": platform.python_version(),
         },
         "history": history,
     }
-
-
-def _convext_version() -> str:
-    try:
-        return metadata.version("convext")
-    except metadata.PackageNotFoundError:
-        return "not installed"  # run from its source folder
 
 
 def _kept(folder: Path, settings: Settings) -> str:
