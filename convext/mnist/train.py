@@ -146,23 +146,17 @@ def train(options: Options, console: Console | None = None) -> dict:
 
 def _check(options: Options) -> None:
     """Looks at every number, so that a mistake costs no waiting."""
-
-    def number(name: str, value: float | None, good: bool, want: str) -> None:
-        if value is not None and not good:
-            raise UserError(f"--{name} must be {want}, got {value}")
-
-    epochs, batch, lr = options.epochs, options.batch_size, options.lr
-    seed, threads = options.seed, options.threads
-    number("epochs", epochs, epochs is not None and epochs >= 1, "at least 1")
-    number(
-        "batch-size",
-        batch,
-        batch is not None and batch >= 2,
-        "at least 2 (batch norm needs more than one image)",
-    )
-    number("lr", lr, lr is not None and 0 < lr < math.inf, "above 0 and finite")
-    number("seed", seed, seed is not None and 0 <= seed < 2**63, "from 0 to 2**63 - 1")
-    number("threads", threads, threads is not None and 1 <= threads <= 1024, "from 1 to 1024")
+    wanted = {
+        "epochs": (lambda n: n >= 1, "at least 1"),
+        "batch_size": (lambda n: n >= 2, "at least 2 (batch norm needs more than one image)"),
+        "lr": (lambda rate: 0 < rate < math.inf, "above 0 and finite"),
+        "seed": (lambda n: 0 <= n < 2**63, "from 0 to 2**63 - 1"),
+        "threads": (lambda n: 1 <= n <= 1024, "from 1 to 1024"),
+    }
+    for name, (good, want) in wanted.items():
+        value = getattr(options, name)
+        if value is not None and not good(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {want}, got {value}")
     if options.layers == "torch" and options.algorithm not in (None, "auto"):
         raise UserError(f"--algorithm {options.algorithm} needs --layers convext")
     names = ("auto", *convext.algorithms())
