@@ -1,0 +1,96 @@
+"""Devices, ISAs and algorithms as parameters, and global state put back after each test.
+
+A test that takes `device`, `isa` or `algorithm` runs for every combination that exists: ISAs are
+the CPU's, algorithms those of the device.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import convext
+from convext import _C
+
+
+def _cuda_obstacle() -> str | None:
+    """Why nothing can be tested on CUDA here, or None."""
+    if _C.build_info()["cuda"] is None:
+        return "convext was built without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA device is available"
+
+
+def _devices() -> list[str]:
+    return ["cpu"] if _cuda_obstacle() else ["cpu", "cuda"]
+
+
+def _algorithms(device: str) -> tuple[str, ...]:
+    listed = getattr(convext, "algorithms", None)
+    return listed(device) if listed else ("direct", "im2col")
+
+
+def pytest_generate_tests(metafunc):
+    names = [name for name in ("device", "isa", "algorithm") if name in metafunc.fixturenames]
+    if not names:
+        return
+    rows = []
+    for device in _devices():
+        for isa in _C.cpu_isas() if device == "cpu" and "isa" in names else [None]:
+            for algorithm in _algorithms(device) if "algorithm" in names else [None]:
+                row = {"device": device, "isa": isa, "algorithm": algorithm}
+                rows.append(
+                    pytest.param(
+                        *(row[name] for name in names),
+                        id="-".join(str(row[name]) for name in names if row[name]),
+                    )
+                )
+    metafunc.parametrize(names, rows, indirect=[name for name in names if name == "isa"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tests are small, and threads that wait for each other spin; some ask for more themselves."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def isa(request):
+    """The CPU ISA in use during the test; None on other devices."""
+    before = _C.cpu_isa()
+    if request.param:
+        _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def restore_isa():
+    """For tests that change the ISA themselves."""
+    before = _C.cpu_isa()
+    yield
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def restore_threads():
+    """For tests that change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda():
+    """For tests that make sense on CUDA only."""
+    obstacle = _cuda_obstacle()
+    if obstacle:
+        pytest.skip(obstacle)
+    return "cuda"

@@ -1,0 +1,222 @@
+"""Named convolution problems, for tests and benchmarks, and the forms in which tensors may arrive.
+
+A problem's name says what it exercises. Edges of the kernels' own blocking are met on both sides:
+vectors of 4, 8 and 16 lanes, tiles of 6, 12 and 14 rows, blocks of 256 pixels and 64 filters, a
+GEMM blocked by 168 x 1024 x 256. Height and width differ in everything wherever a problem allows
+it, so that no exchange of the two can pass.
+
+To add a problem, add a line: every test and every device meets it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conv2dProblem:
+    """Sizes and settings of a conv2d, pairs being (height, width)."""
+
+    name: str
+    N: int
+    C: int
+    H: int
+    W: int
+    O: int  # noqa: E741
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def input_size(self) -> tuple[int, int, int, int]:
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def weight_size(self) -> tuple[int, int, int, int]:
+        return (self.O, self.C // self.groups, *self.kernel)
+
+    @property
+    def output_size(self) -> tuple[int, int, int, int]:
+        axes = zip(
+            (self.H, self.W), self.kernel, self.stride, self.padding, self.dilation, strict=True
+        )
+        return (self.N, self.O, *((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in axes))
+
+    @property
+    def settings(self) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups, as the ops take them."""
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+
+    @property
+    def multiplications(self) -> int:
+        """Of one pass, those with padding included."""
+        n, o, height, width = self.output_size
+        return n * o * height * width * self.C // self.groups * self.kernel[0] * self.kernel[1]
+
+    def terms(self, conv_pass: str) -> int:
+        """Products that one element of the pass's result sums, at most."""
+        taps = self.kernel[0] * self.kernel[1]
+        n, _, height, width = self.output_size
+        return {
+            "forward": self.C // self.groups * taps,
+            "grad_input": self.O // self.groups * taps,
+            "grad_weight": n * height * width,
+        }[conv_pass]
+
+
+P = Conv2dProblem
+
+# The convolutions of the lesson's network for MNIST (fastbook, chapter 13).
+LESSON_LAYERS = [
+    P("lesson layer 1", 5, 1, 28, 28, 8, (5, 5), (2, 2), (2, 2)),
+    P("lesson layer 2", 5, 8, 14, 14, 16, (3, 3), (2, 2), (1, 1)),
+    P("lesson layer 3", 5, 16, 7, 7, 32, (3, 3), (2, 2), (1, 1)),
+    P("lesson layer 4", 5, 32, 4, 4, 64, (3, 3), (2, 2), (1, 1)),
+    P("lesson layer 5", 5, 64, 2, 2, 10, (3, 3), (2, 2), (1, 1)),
+]
+
+# Small enough for plain loops in Python and for numerical derivatives; each a kind of its own.
+SMALL = [
+    P("one multiplication", 1, 1, 1, 1, 1, (1, 1)),
+    P("plain", 2, 3, 5, 6, 4, (3, 2)),
+    P("all settings differ", 2, 2, 9, 11, 3, (3, 2), (2, 3), (2, 1), (1, 2)),
+    P("asymmetric kernel", 1, 2, 4, 9, 3, (1, 5), (1, 1), (0, 2)),
+    P("padding above the kernel", 1, 2, 3, 4, 2, (2, 1), (1, 2), (4, 3)),
+    P("stride above the kernel", 2, 2, 9, 8, 3, (2, 1), (3, 4)),
+    P("stride above the input", 2, 2, 4, 3, 2, (3, 2), (7, 9), (1, 1)),
+    P("kernel as large as the input", 2, 3, 4, 3, 5, (4, 3)),
+    P("kernel as large as the padded input", 2, 2, 3, 2, 3, (5, 6), (1, 1), (1, 2)),
+    P("dilation", 1, 2, 8, 9, 2, (3, 2), (1, 1), (0, 0), (3, 5)),
+    P("dilation and padding", 1, 2, 5, 4, 3, (2, 3), (1, 1), (2, 3), (4, 3)),
+    P("dilation and stride with a common factor", 1, 2, 9, 10, 2, (3, 3), (2, 4), (3, 2), (4, 2)),
+    P("rows and columns left over", 1, 1, 8, 11, 2, (3, 3), (3, 4)),
+    P("pointwise", 2, 5, 3, 4, 6, (1, 1)),
+    P("pointwise strided", 2, 3, 5, 8, 4, (1, 1), (2, 3)),
+    P("pointwise padded", 1, 2, 2, 3, 2, (1, 1), (2, 1), (1, 2)),
+    P("groups", 2, 4, 5, 4, 6, (3, 2), (1, 2), (1, 0), (1, 1), 2),
+    P("groups with dilation", 1, 6, 7, 6, 3, (2, 3), (2, 1), (1, 2), (3, 2), 3),
+    P("depthwise", 2, 5, 6, 5, 5, (3, 2), (1, 1), (1, 1), (1, 1), 5),
+    P("depthwise multiplier", 2, 3, 5, 6, 9, (2, 3), (2, 1), (1, 1), (1, 1), 3),
+    P("batch of none", 0, 3, 5, 6, 4, (3, 2), (2, 1), (1, 1)),
+    P("no input channels", 2, 0, 5, 6, 4, (3, 2), (2, 1), (1, 1)),
+    P("one column", 2, 2, 7, 1, 3, (3, 1), (2, 1)),
+    P("only padding is met", 1, 1, 1, 1, 1, (1, 1), (2, 2), (1, 1)),
+]
+
+# Around the edges of vectors, tiles and blocks.
+EDGES = [
+    *(
+        P(f"{c} to {o} channels", 2, c, 5, 7, o, (2, 3), (1, 2), (1, 0))
+        for c, o in [(1, 8), (3, 7), (7, 9), (8, 1), (9, 3), (15, 16), (16, 17), (17, 15)]
+    ),
+    *(
+        P(f"{c} to {o} channels", 2, c, 3, 4, o, (3, 2), (2, 1), (1, 1))
+        for c, o in [(31, 33), (33, 31), (65, 32), (32, 65), (64, 63)]
+    ),
+    *(P(f"{w} pixels", 1, 2, 1, w, 9, (1, 1)) for w in (5, 6, 7, 11, 12, 13, 14, 15, 29)),
+    P("255 pixels", 1, 3, 17, 17, 5, (3, 1), (1, 1), (0, 0), (1, 1)),
+    P("256 pixels", 1, 3, 9, 33, 5, (2, 2)),
+    P("257 pixels", 1, 3, 2, 258, 5, (2, 2)),
+    P("wider than a block of pixels", 2, 2, 3, 520, 3, (2, 3), (1, 2), (1, 1)),
+    P("169 rows of a GEMM", 1, 2, 13, 13, 3, (1, 1)),
+    P("181 taps, above 168", 1, 181, 2, 3, 9, (1, 1)),
+    P("256 taps", 1, 32, 3, 5, 9, (2, 4)),
+    P("257 taps", 1, 257, 2, 3, 17, (1, 1)),
+    P("297 taps", 2, 33, 4, 5, 10, (3, 3), (1, 2), (1, 1)),
+    P("1040 taps, above 1024", 1, 65, 5, 6, 7, (4, 4), (2, 1)),
+    P("1030 filters, above 1024", 1, 3, 2, 3, 1030, (1, 2)),
+    P("large kernel", 1, 2, 19, 23, 3, (11, 13), (2, 3), (5, 6)),
+    P("several images in a block", 33, 3, 5, 7, 4, (3, 3)),
+    P("strided images in a block", 33, 4, 5, 7, 9, (3, 3), (2, 3), (1, 1)),
+    P("as many blocks as images", 34, 2, 16, 18, 3, (1, 3)),
+    P("batch 257 of one pixel", 257, 4, 3, 2, 5, (3, 2)),
+    P("rows split, strided", 2, 3, 61, 83, 5, (3, 4), (3, 2), (1, 2)),
+    P("rows split, dilated and strided", 1, 2, 70, 65, 3, (3, 3), (2, 3), (4, 2), (3, 2)),
+    P("rows split by the slab", 1, 130, 21, 26, 9, (3, 2), (1, 1), (1, 1)),
+    P("rows split, strides above a block", 1, 2, 90, 64, 3, (2, 3), (9, 5), (1, 1)),
+    P("stem of 3 channels", 1, 3, 115, 97, 17, (7, 7), (2, 2), (3, 3)),
+    P("many groups", 2, 34, 6, 5, 51, (2, 3), (1, 2), (1, 1), (1, 1), 17),
+    P("depthwise, odd", 2, 33, 9, 10, 33, (3, 5), (2, 1), (1, 2), (1, 1), 33),
+    P("depthwise multiplier, odd", 1, 7, 6, 9, 63, (3, 2), (1, 2), (1, 1), (2, 1), 7),
+    P("filters in two ranges per group", 1, 4, 5, 6, 140, (3, 2), (1, 1), (0, 1), (1, 1), 2),
+    P("pointwise, wide", 2, 65, 7, 9, 33, (1, 1)),
+    P("pointwise strided, wide", 2, 33, 9, 14, 65, (1, 1), (2, 3)),
+]
+
+PROBLEMS = [*SMALL, *EDGES, *LESSON_LAYERS]
+
+# Larger layers, for benchmarks.
+LARGE_LAYERS = [
+    P("32 to 64, 3x3", 8, 32, 56, 56, 64, (3, 3), (1, 1), (1, 1)),
+    P("64 to 128, 3x3, stride 2", 8, 64, 56, 56, 128, (3, 3), (2, 2), (1, 1)),
+    P("256 to 64, pointwise", 8, 256, 28, 28, 64, (1, 1)),
+    P("96 depthwise, 3x3", 8, 96, 56, 56, 96, (3, 3), (1, 1), (1, 1), (1, 1), 96),
+    P("3 to 64, 7x7, stride 2", 4, 3, 112, 112, 64, (7, 7), (2, 2), (3, 3)),
+]
+
+
+def named(name: str) -> Conv2dProblem:
+    """The problem of PROBLEMS that has this name."""
+    return next(problem for problem in PROBLEMS if problem.name == name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Forms: from a contiguous tensor to one of its shape and dtype, laid out in another way. "expanded"
+# has other values too; compare with what `form(tensor).contiguous()` gives.
+
+
+def _sliced(tensor: Tensor) -> Tensor:
+    """Gaps on every axis, and an offset."""
+    room = tensor.new_full([2 * size + 3 for size in tensor.shape], float("nan"))
+    view = room[tuple(slice(2, 2 + 2 * size, 2) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """Strides in the opposite order."""
+    order = list(range(tensor.dim()))[::-1]
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def _offset(tensor: Tensor) -> Tensor:
+    """Dense, but its first element lies at no vector's boundary."""
+    storage = tensor.new_full([tensor.numel() + 3], float("nan"))
+    return storage[3:].view(tensor.shape).copy_(tensor)
+
+
+def _expanded(tensor: Tensor) -> Tensor:
+    """One image or filter, and one column, seen many times."""
+    first = tensor[:1] if tensor.dim() == 1 else tensor[:1, ..., :1]
+    return first.expand(tensor.shape)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "channels_last": _channels_last,
+    "channels_last with gaps": lambda tensor: (
+        _channels_last(torch.cat([tensor, tensor], dim=1) if tensor.dim() > 1 else tensor)[
+            :, : tensor.shape[1]
+        ]
+        if tensor.dim() > 1
+        else tensor
+    ),
+    "expanded": _expanded,
+    "sliced": _sliced,
+    "transposed": _transposed,
+    "offset": _offset,
+    "negated view": lambda tensor: torch._neg_view(-tensor),
+}
+LAYOUTS = ("contiguous", "channels_last")
