@@ -10,6 +10,11 @@
 
 namespace convext::cpu {
 
+// Every long sum is cut into chains of this length, which are then added up: the error of one chain
+// of n terms grows with n, that of the cut one with sqrt(n) as long as n is below the square of the
+// cut. A constant, so that the order of a sum, and with it every bit, is the same on every ISA.
+constexpr int64_t kSumChain = 16;
+
 // A block of a matrix product whose left operand is never laid out as a matrix: its element (row,
 // t) is source[rows[row] + taps[t]].
 //
@@ -42,9 +47,7 @@ struct GatherTile {
 //   product    sum[j] += sum of a[row][j],                dot[j] += sum of a[row][j] * (b[row][j] -
 //   shift[j])
 //
-// Each sum is a chain over kSumChain rows at a time, so that results are the same on every ISA.
 enum class ColumnSum { total, moments, product };
-constexpr int64_t kSumChain = 16;
 
 template <class T>
 struct ColumnSums {

@@ -12,38 +12,46 @@ template <class T, int kVectors, int kRows>
 void gather_rows(const GatherTile<T>& t) {
   using V = Vec<T>;
   constexpr int kLanes = V::lanes;
-  V sum[kRows][kVectors];
   const T* row[kRows];
   CONVEXT_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = t.source + t.rows[r];
+  for (int r = 0; r < kRows; ++r) row[r] = t.source + t.rows[r];
+  const T* init = t.init;
+  const T* panel = t.panel;
+  bool accumulate = t.accumulate;
+  int64_t i = 0;
+  do {
+    V sum[kRows][kVectors];
     CONVEXT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = t.init ? V::load(t.init + v * kLanes) : V::zero();
+      const V start = init ? V::load(init + v * kLanes) : V::zero();
+      CONVEXT_UNROLL
+      for (int r = 0; r < kRows; ++r) sum[r][v] = start;
     }
-  }
-  const T* panel = t.panel;
-  for (int64_t i = 0; i < t.tap_count; ++i, panel += kVectors * kLanes) {
-    const int64_t tap = t.taps[i];
-    V weight[kVectors];
-    CONVEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) weight[v] = V::load(panel + v * kLanes);
+    const int64_t end = t.tap_count - i < kSumChain ? t.tap_count : i + kSumChain;
+    for (; i < end; ++i, panel += kVectors * kLanes) {
+      const int64_t tap = t.taps[i];
+      V weight[kVectors];
+      CONVEXT_UNROLL
+      for (int v = 0; v < kVectors; ++v) weight[v] = V::load(panel + v * kLanes);
+      CONVEXT_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const V x = V::broadcast(row[r][tap]);
+        CONVEXT_UNROLL
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
+      }
+    }
     CONVEXT_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const V x = V::broadcast(row[r][tap]);
+      T* out = t.out + (t.out_rows ? t.out_rows[r] : r) * t.ld_out;
       CONVEXT_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        T* p = out + v * kLanes;
+        (accumulate ? add(V::load(p), sum[r][v]) : sum[r][v]).store(p);
+      }
     }
-  }
-  CONVEXT_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    T* out = t.out + (t.out_rows ? t.out_rows[r] : r) * t.ld_out;
-    CONVEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      T* p = out + v * kLanes;
-      (t.accumulate ? add(V::load(p), sum[r][v]) : sum[r][v]).store(p);
-    }
-  }
+    init = nullptr;
+    accumulate = true;
+  } while (i < t.tap_count);
 }
 
 // Calls the instance for this number of rows, 1 to kMost.
@@ -75,44 +83,51 @@ void gemm(int64_t k, const T* a, const T* b, T* c, int64_t ld_c, int rows, int c
   using V = Vec<T>;
   constexpr int kLanes = V::lanes;
   constexpr int kCols = kGemmVectors * kLanes;
-  V sum[kGemmRows][kGemmVectors];
-  CONVEXT_UNROLL
-  for (int r = 0; r < kGemmRows; ++r) {
-    CONVEXT_UNROLL
-    for (int v = 0; v < kGemmVectors; ++v) sum[r][v] = V::zero();
-  }
-  for (int64_t i = 0; i < k; ++i, a += kGemmRows, b += kCols) {
-    V column[kGemmVectors];
-    CONVEXT_UNROLL
-    for (int v = 0; v < kGemmVectors; ++v) column[v] = V::load(b + v * kLanes);
+  T tile[kGemmRows * kCols];  // sums of the chains so far
+  for (int64_t i = 0; i < k;) {
+    V sum[kGemmRows][kGemmVectors];
     CONVEXT_UNROLL
     for (int r = 0; r < kGemmRows; ++r) {
-      const V x = V::broadcast(a[r]);
       CONVEXT_UNROLL
-      for (int v = 0; v < kGemmVectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
+      for (int v = 0; v < kGemmVectors; ++v) sum[r][v] = V::zero();
     }
-  }
-  if (rows == kGemmRows && cols == kCols) {
+    const bool first = i == 0;
+    const int64_t end = k - i < kSumChain ? k : i + kSumChain;
+    for (; i < end; ++i, a += kGemmRows, b += kCols) {
+      V column[kGemmVectors];
+      CONVEXT_UNROLL
+      for (int v = 0; v < kGemmVectors; ++v) column[v] = V::load(b + v * kLanes);
+      CONVEXT_UNROLL
+      for (int r = 0; r < kGemmRows; ++r) {
+        const V x = V::broadcast(a[r]);
+        CONVEXT_UNROLL
+        for (int v = 0; v < kGemmVectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
+      }
+    }
     CONVEXT_UNROLL
     for (int r = 0; r < kGemmRows; ++r) {
       CONVEXT_UNROLL
       for (int v = 0; v < kGemmVectors; ++v) {
+        T* p = tile + r * kCols + v * kLanes;
+        (first ? sum[r][v] : add(V::load(p), sum[r][v])).store(p);
+      }
+    }
+  }
+  if (rows == kGemmRows && cols == kCols) {
+    for (int r = 0; r < kGemmRows; ++r) {
+      CONVEXT_UNROLL
+      for (int v = 0; v < kGemmVectors; ++v) {
+        const V sum = V::load(tile + r * kCols + v * kLanes);
         T* p = c + r * ld_c + v * kLanes;
-        (accumulate ? add(V::load(p), sum[r][v]) : sum[r][v]).store(p);
+        (accumulate ? add(V::load(p), sum) : sum).store(p);
       }
     }
     return;
   }
-  T edge[kGemmRows * kCols];
-  CONVEXT_UNROLL
-  for (int r = 0; r < kGemmRows; ++r) {
-    CONVEXT_UNROLL
-    for (int v = 0; v < kGemmVectors; ++v) sum[r][v].store(edge + r * kCols + v * kLanes);
-  }
   for (int r = 0; r < rows; ++r) {
     for (int j = 0; j < cols; ++j) {
       T& out = c[r * ld_c + j];
-      out = accumulate ? out + edge[r * kCols + j] : edge[r * kCols + j];
+      out = accumulate ? out + tile[r * kCols + j] : tile[r * kCols + j];
     }
   }
 }
