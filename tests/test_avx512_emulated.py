@@ -96,7 +96,6 @@ def operands(problem: Conv2dProblem, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("algorithm", convext.algorithms("cpu"))
 def test_same_bits_as_avx2(kernels, algorithm, dtype, layout):
     """No sum crosses lanes and blocks are cut alike, so only the width of the vectors differs."""
     for problem in PROBLEMS:

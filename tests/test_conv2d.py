@@ -255,9 +255,9 @@ def test_memory_format(problem, input_layout, other_layout, device, algorithm):
 def test_float32_error_is_at_most_twice_torchs(problem, conv_pass, device, isa, algorithm):
     """The largest error against float64, beside that of PyTorch's own float32.
 
-    The worst over sixteen draws, for one draw of a few elements is a matter of luck. A result rounded
-    to the nearest float32 is off by half a unit in its last place; below that of the largest
-    result, errors are taken as equal.
+    The worst over sixteen draws, for one draw of a few elements is a matter of luck. A result
+    rounded to the nearest float32 is off by half a unit in its last place; below that of the
+    largest result, errors are taken as equal.
     """
     ours = stock = floor = 0.0
     for seed in range(16):
