@@ -133,7 +133,14 @@ def batch_norm(
             )
         return _ops.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
     output, mean, var = _ops.batch_norm_train(input, weight, bias, eps)
-    if running_mean is not None or running_var is not None:
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None and running.shape != mean.shape:
+            raise RuntimeError(
+                f"batch_norm(): {name} should contain {len(mean)} elements, one for each channel, "
+                f"got size {list(running.shape)}"
+            )
+    # Of an empty batch there is nothing to learn.
+    if input.numel() > 0 and (running_mean is not None or running_var is not None):
         count = input.numel() // input.size(1)
         with torch.no_grad():
             if running_mean is not None:

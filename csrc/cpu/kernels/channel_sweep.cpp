@@ -11,15 +11,18 @@ namespace {
 constexpr int64_t kImageColumns = 64;
 constexpr int64_t kRangeColumns = 512;  // a few rows of them stay in the first-level cache
 constexpr int64_t kMostSplits = 64;
-constexpr int64_t kSplitRows = 256;   // least rows of a split; what a sum in T may add up, about
+constexpr int64_t kSplitRows = 256;  // least rows of a split
+constexpr int64_t kFlushRows = 64;   // what a sum in T may add up before it goes into one in double
 constexpr int64_t kPieceSize = 4096;  // elements
 constexpr int64_t kSampleRows = 8;
+constexpr int kSampleBits = 10;
 constexpr int64_t kWorthAThread = 64 * 1024;  // elements
 
 // Rows that are worked on at a time: as many as the first-level cache holds, in whole chains of
 // sums.
 int64_t piece_rows(int64_t cols) {
-  return std::max<int64_t>(1, kPieceSize / std::max<int64_t>(1, cols) / kSumChain) * kSumChain;
+  const int64_t most = kPieceSize / std::max<int64_t>(1, cols) / kSumChain * kSumChain;
+  return std::clamp(most, kSumChain, kFlushRows);
 }
 
 // Calls body(piece) for the sheet in pieces.
@@ -113,7 +116,7 @@ Sheet ChannelGrid::sample(int64_t range) const {
 template <class T>
 struct ChannelSweep<T>::Scratch {
   T *shift, *scale, *offset, *grad_scale, *sum, *dot;  // [columns]
-  T *a, *b;                                            // pieces, for 16-bit tensors
+  T *a, *b, *out;                                      // pieces, for 16-bit tensors
 };
 
 template <class T>
@@ -127,6 +130,7 @@ typename ChannelSweep<T>::Scratch ChannelSweep<T>::scratch(Arena& arena) const {
   }
   s.a = arena.take<T>(piece);
   s.b = arena.take<T>(piece);
+  s.out = arena.take<T>(piece);
   return s;
 }
 
@@ -193,20 +197,27 @@ const T* ChannelSweep<T>::read(const void* data, const Sheet& piece, T* scratch)
 
 template <class T>
 void ChannelSweep<T>::sample_means(const void* x, T* mean) {
+  const bool converts = size_of(dtype_) != int64_t(sizeof(T));
   run_slots(std::min(slots_, grid_.ranges()), grid_.ranges(), [&](int64_t slot, int64_t range) {
     const Scratch s = scratch_of(slot);
     const Sheet sheet = grid_.sample(range);
-    const bool converts = size_of(dtype_) != int64_t(sizeof(T));
-    std::fill_n(s.sum, grid_.most_columns(), T(0));
-    isa_.column_sums({ColumnSum::total, read(x, sheet, s.a), nullptr,
-                      converts ? sheet.cols : sheet.ld, sheet.rows, sheet.cols, nullptr, s.sum,
-                      nullptr});
+    for (T* zero : {s.shift, s.sum, s.dot}) std::fill_n(zero, grid_.most_columns(), T(0));
+    isa_.column_sums({ColumnSum::moments, read(x, sheet, s.a), nullptr,
+                      converts ? sheet.cols : sheet.ld, sheet.rows, sheet.cols, s.shift, s.sum,
+                      s.dot});
+    const int64_t channels = grid_.channels(range);
     double* sum = partials_ + grid_.first_channel(range);
-    std::fill_n(sum, grid_.channels(range), 0.0);
+    double* square = sum + channels_;
+    std::fill_n(sum, channels, 0.0);
+    std::fill_n(square, channels, 0.0);
     flush(s.sum, range, sum);
-    const double count = double(sheet.rows * (sheet.cols / grid_.channels(range)));
-    for (int64_t c = 0; c < grid_.channels(range); ++c) {
-      const T value = T(sum[c] / count);
+    flush(s.dot, range, square);
+    const double count = double(sheet.rows * (sheet.cols / channels));
+    for (int64_t c = 0; c < channels; ++c) {
+      int exponent = 0;
+      std::frexp(std::sqrt(square[c] / count), &exponent);
+      const double unit = std::ldexp(1.0, exponent - kSampleBits);
+      const T value = T(std::nearbyint(sum[c] / count / unit) * unit);
       mean[grid_.first_channel(range) + c] = std::isfinite(value) ? value : T(0);
     }
   });
@@ -239,7 +250,7 @@ void ChannelSweep<T>::sums(ColumnSum kind, const void* a, const void* b, const T
         isa_.column_sums({kind, left, right, converts ? piece.cols : piece.ld, piece.rows,
                           piece.cols, s.shift, s.sum, s.dot});
         pending += piece.rows;
-        if (pending >= kSplitRows) finish();
+        if (pending >= kFlushRows) finish();
       });
     });
     if (pending) finish();
@@ -271,12 +282,12 @@ void ChannelSweep<T>::map(const void* x, const void* grad, const T* shift, const
       for_pieces(sheet, [&](const Sheet& piece) {
         const T* left = read(x, piece, s.a);
         const T* right = grad ? read(grad, piece, s.b) : nullptr;
-        T* target = converts ? s.a : static_cast<T*>(out) + piece.offset;
+        T* target = converts ? s.out : static_cast<T*>(out) + piece.offset;
         isa_.column_map({left, right, converts ? piece.cols : piece.ld, piece.rows, piece.cols,
                          s.shift, s.scale, s.offset, s.grad_scale, target});
         if (!converts) return;
         for (int64_t r = 0; r < piece.rows; ++r) {
-          isa_.store(s.a + r * piece.cols, dtype_, out, piece.offset + r * piece.ld, piece.cols);
+          isa_.store(s.out + r * piece.cols, dtype_, out, piece.offset + r * piece.ld, piece.cols);
         }
       });
     });

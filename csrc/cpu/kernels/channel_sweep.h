@@ -66,7 +66,9 @@ class ChannelSweep {
  public:
   ChannelSweep(const BatchNormProblem&, DType, Layout, const IsaKernels&, int64_t threads, Arena&);
 
-  // Of each channel's values in `x`, the mean of a few; 0 where that is not finite.
+  // Of each channel's values in `x`, the mean of a few; 0 where that is not finite. Rounded to a
+  // few bits of their magnitude: digits finer than those of the values themselves would be lost in
+  // the same direction by every subtraction, and that adds up.
   void sample_means(const void* x, T* mean);
 
   // Each channel's sums of the given kind; dot is null for ColumnSum::total.
