@@ -1,5 +1,5 @@
-// Stands in for the compiler's <immintrin.h>: SIMD Everywhere (Debian's libsimde-dev) implements
-// the AVX-512 intrinsics in terms of what the machine has, so that isa_avx512.cpp runs on any CPU.
+// Stands in for the compiler's <immintrin.h>: SIMD Everywhere (Debian's libsimde-dev) implements the
+// AVX-512 intrinsics in terms of what the machine has, so that isa_avx512.cpp runs on any CPU.
 #pragma once
 
 #include_next <immintrin.h>
@@ -8,3 +8,17 @@
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
+
+// Missing from the library's release 0.7.4. Reads no more than the mask allows, as the CPU does.
+template <class Vector, class T>
+inline Vector load_masked(unsigned mask, const void* from) {
+  T lanes[sizeof(Vector) / sizeof(T)] = {};
+  for (unsigned i = 0; i < sizeof(Vector) / sizeof(T); ++i) {
+    if (mask >> i & 1) lanes[i] = static_cast<const T*>(from)[i];
+  }
+  Vector result;
+  __builtin_memcpy(&result, lanes, sizeof result);
+  return result;
+}
+#define _mm512_maskz_loadu_ps(mask, from) load_masked<__m512, float>(mask, from)
+#define _mm512_maskz_loadu_pd(mask, from) load_masked<__m512d, double>(mask, from)
