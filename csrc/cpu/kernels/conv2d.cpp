@@ -1,7 +1,5 @@
 #include "cpu/kernels/conv2d.h"
 
-#include <cstring>
-
 namespace convext::cpu {
 namespace {
 
@@ -26,9 +24,9 @@ const Conv2dAlgorithm& conv2d_algorithm(int index) {
   return kAlgorithms[index];
 }
 
-const Conv2dAlgorithm* find_conv2d_algorithm(const char* name) {
+const Conv2dAlgorithm* find_conv2d_algorithm(std::string_view name) {
   for (const Conv2dAlgorithm& algorithm : kAlgorithms) {
-    if (std::strcmp(algorithm.name, name) == 0) return &algorithm;
+    if (name == algorithm.name) return &algorithm;
   }
   return nullptr;
 }

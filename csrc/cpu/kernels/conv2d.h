@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 #include "common/conv2d_problem.h"
 #include "common/types.h"
@@ -39,7 +40,7 @@ int conv2d_algorithm_count();
 const Conv2dAlgorithm& conv2d_algorithm(int index);
 
 // Null when no algorithm has this name.
-const Conv2dAlgorithm* find_conv2d_algorithm(const char* name);
+const Conv2dAlgorithm* find_conv2d_algorithm(std::string_view name);
 
 // What "auto" means: a pure function of the call's problem, pass, dtype and layout.
 const Conv2dAlgorithm& choose_conv2d_algorithm(const Conv2dCall&);

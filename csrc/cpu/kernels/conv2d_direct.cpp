@@ -28,9 +28,9 @@ class DirectProduct {
                 Arena& arena)
       : gather_(gather), ld_(ld), isa_(isa) {
     starts_ = arena.take<const T*>(groups);
-    // One class and one tile of lanes: the filter matrix is the panel.
+    // All taps and one tile of lanes: the filter matrix is the panel.
     panels_ = nullptr;
-    if (gather.classes() > 1 || ld > 2 * isa.lanes) {
+    if (!gather.meets_every_tap() || ld > 2 * isa.lanes) {
       panels_ = arena.take<T>(groups * gather.tap_total() * ld);
     }
   }

@@ -75,6 +75,9 @@ class Gather {
   int64_t most_pixels() const { return block_images_ * block_rows_ * x_.target_size; }
 
   int64_t classes() const { return y_.classes * x_.classes; }
+  // Whether all targets meet every tap, so that taps and weights come in the same order. Not so for
+  // a single class of a stride above 1, where the target is one pixel wide.
+  bool meets_every_tap() const { return !y_.transposed || (y_.stride == 1 && x_.stride == 1); }
 
   // Taps of a class, in the order channel, kernel row, kernel column: slab offsets, and the index
   // (channel * kH + row) * kW + column of the weight that each meets.
