@@ -23,7 +23,7 @@ std::string algorithm_names() {
 // The algorithm asked for, or an exception: a name is never exchanged for another silently.
 const Conv2dAlgorithm& pick(const char* op, const Conv2dCall& call, std::string_view name) {
   if (name == "auto") return choose_conv2d_algorithm(call);
-  const Conv2dAlgorithm* algorithm = find_conv2d_algorithm(std::string(name).c_str());
+  const Conv2dAlgorithm* algorithm = find_conv2d_algorithm(name);
   TORCH_CHECK_VALUE(algorithm, op, "(): no algorithm \"", name,
                     "\" on the CPU; expected \"auto\" or one of: ", algorithm_names());
   const char* reason = algorithm->declines(call);
@@ -31,10 +31,13 @@ const Conv2dAlgorithm& pick(const char* op, const Conv2dCall& call, std::string_
   return *algorithm;
 }
 
-void run(const char* op, Conv2dCall& call, std::string_view name) {
+void run(const char* op, Conv2dCall& call, const Tensor& result, std::string_view name) {
   call.isa = &kernels();
   call.threads = num_threads();
   const Conv2dAlgorithm& algorithm = pick(op, call, name);
+  record_algorithm(call.pass, algorithm.name);
+  // Sizes that no memory backs may be huge, and their products wrap around.
+  if (result.numel() == 0) return;
   Arena counter(nullptr);
   algorithm.run(call, counter);
   TORCH_CHECK(!counter.overflowed(), op, "(): algorithm \"", algorithm.name,
@@ -44,7 +47,6 @@ void run(const char* op, Conv2dCall& call, std::string_view name) {
   const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   Arena arena(reinterpret_cast<void*>(round_up(int64_t(address), Arena::kAlignment)));
   algorithm.run(call, arena);
-  record_algorithm(call.pass, algorithm.name);
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -69,7 +71,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
                   output.mutable_data_ptr(),
                   nullptr,
                   1};
-  run("conv2d", call, algorithm);
+  run("conv2d", call, output, algorithm);
   return output;
 }
 
@@ -94,7 +96,7 @@ Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
                   grad_input.mutable_data_ptr(),
                   nullptr,
                   1};
-  run("conv2d_backward_input", call, algorithm);
+  run("conv2d_backward_input", call, grad_input, algorithm);
   return grad_input;
 }
 
@@ -119,7 +121,7 @@ Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
                   grad_weight.mutable_data_ptr(),
                   nullptr,
                   1};
-  run("conv2d_backward_weight", call, algorithm);
+  run("conv2d_backward_weight", call, grad_weight, algorithm);
   return grad_weight;
 }
 
