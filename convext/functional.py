@@ -11,10 +11,12 @@ from torch.nn import functional as F
 _ops = torch.ops.convext
 
 
-def _pair(value: int | tuple[int, ...] | list[int]) -> list[int]:
-    if isinstance(value, (tuple, list, torch.Size)):
-        return [value[0], value[0]] if len(value) == 1 else list(value)
-    return [value, value]
+def _pair(name: str, value: int | tuple[int, ...] | list[int]) -> list[int]:
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    for number in values:
+        if not hasattr(number, "__index__"):  # int, torch.SymInt, numpy's integers
+            raise TypeError(f"conv2d(): {name} must be an int or a pair of ints, got {value!r}")
+    return values * 2 if len(values) == 1 else values
 
 
 def same_padding(kernel_size: list[int], dilation: list[int]) -> list[int]:
@@ -56,9 +58,12 @@ def conv2d(
         TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"conv2d(): input must be a Tensor, got {type(input).__name__}")
-    stride, dilation = _pair(stride), _pair(dilation)
+    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and (name != "bias" or value is not None):
+            raise TypeError(f"conv2d(): {name} must be a Tensor, got {type(value).__name__}")
+    if not hasattr(groups, "__index__"):
+        raise TypeError(f"conv2d(): groups must be an int, got {groups!r}")
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     unbatched = input.dim() == 3
     if not unbatched and input.dim() != 4:
         raise RuntimeError(
@@ -69,7 +74,8 @@ def conv2d(
         input = input.unsqueeze(0)
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, stride, padding, dilation)
-    output = _ops.conv2d(input, weight, bias, stride, _pair(padding), dilation, groups, algorithm)
+    padding = _pair("padding", padding)
+    output = _ops.conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
     return output.squeeze(0) if unbatched else output
 
 
