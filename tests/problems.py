@@ -93,6 +93,8 @@ SMALL = [
     P("padding above the kernel", 1, 2, 3, 4, 2, (2, 1), (1, 2), (4, 3)),
     P("stride above the kernel", 2, 2, 9, 8, 3, (2, 1), (3, 4)),
     P("stride above the input", 2, 2, 4, 3, 2, (3, 2), (7, 9), (1, 1)),
+    P("one row, strided", 2, 3, 1, 6, 4, (3, 1), (3, 1), (2, 1), (2, 1)),
+    P("one pixel, strided", 2, 3, 1, 1, 4, (3, 5), (2, 3), (1, 2)),
     P("kernel as large as the input", 2, 3, 4, 3, 5, (4, 3)),
     P("kernel as large as the padded input", 2, 2, 3, 2, 3, (5, 6), (1, 1), (1, 2)),
     P("dilation", 1, 2, 8, 9, 2, (3, 2), (1, 1), (0, 0), (3, 5)),
