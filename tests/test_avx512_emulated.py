@@ -115,3 +115,37 @@ def test_harness_computes_the_convolution(kernels):
         ours = run(kernels, "avx512", "direct", "forward", problem, LAYOUTS[0], data)
         expected = F.conv2d(data["input"], data["weight"], data["bias"], *problem.settings)
         torch.testing.assert_close(ours, expected)
+
+
+BATCH_NORMS = ("train", "eval", "backward of train", "backward of eval", "sum of a bias")
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("what", BATCH_NORMS)
+def test_batch_norm_has_the_same_bits_as_avx2(kernels, what, dtype, layout):
+    """Columns of the layout's matrix are lanes, so here too no sum crosses lanes."""
+    for sizes in [(2, 3, 5), (33, 1, 49), (7, 8, 196), (64, 17, 4), (5, 70, 1), (300, 33, 2)]:
+        count, channels = sizes[0] * sizes[1] * sizes[2], sizes[1]
+        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        given = [torch.randn(count).to(dtype) for _ in range(2)]  # input, grad_output
+        given += [torch.rand(channels).to(sum_dtype) + 0.5 for _ in range(4)]  # weight ... var
+        results = []
+        for isa in ("avx512", "avx2"):
+            outputs = [torch.zeros(count, dtype=dtype)]  # output, grad_weight, grad_bias
+            outputs += [torch.zeros(channels, dtype=sum_dtype) for _ in range(2)]
+            arrays = [tensor.clone() for tensor in given] + outputs
+            pointers = (ctypes.c_void_p * 9)(*(tensor.data_ptr() for tensor in arrays))
+            failed = kernels.convext_batch_norm(
+                isa.encode(),
+                BATCH_NORMS.index(what),
+                DTYPES.index(dtype),
+                layout,
+                (ctypes.c_int64 * 3)(*sizes),
+                pointers,
+            )
+            assert not failed
+            results.append(arrays)
+        for ours, avx2 in zip(*results, strict=True):
+            assert torch.equal(ours, avx2), sizes
+        assert any(output.count_nonzero() for output in results[0][6:])

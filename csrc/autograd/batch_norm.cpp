@@ -3,9 +3,10 @@
 // from input once more, so that it can be differentiated to any order.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "autograd/find_op.h"
 
 namespace convext {
 namespace {
@@ -17,11 +18,6 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 Triple batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
                         const optional<Tensor>& bias, double eps) {

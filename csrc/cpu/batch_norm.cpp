@@ -3,9 +3,9 @@
 #include "cpu/kernels/batch_norm.h"
 
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include "common/parallel.h"
+#include "cpu/glue.h"
 #include "tensor_args.h"
 
 namespace convext::cpu {
@@ -43,15 +43,7 @@ BatchNormCall describe(const BatchNormProblem& problem, const Tensor& like,
 }
 
 void run(const char* op, const BatchNormCall& call, void (*kernel)(const BatchNormCall&, Arena&)) {
-  Arena counter(nullptr);
-  kernel(call, counter);
-  TORCH_CHECK(!counter.overflowed(), op,
-              "(): needs a workspace larger than the address space for this problem");
-  const Tensor workspace =
-      at::empty({counter.used() + Arena::kAlignment}, at::TensorOptions(at::kByte));
-  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
-  Arena arena(reinterpret_cast<void*>(round_up(int64_t(address), Arena::kAlignment)));
-  kernel(call, arena);
+  run_with_workspace(op, [&](Arena& arena) { kernel(call, arena); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input,
@@ -143,8 +135,6 @@ Tensor conv2d_backward_bias(const Tensor& grad_output) {
   return grad_bias.to(grad_output.scalar_type());
 }
 
-// Sparse, quantized and the like also come here, so that tensor_args can say what is wrong with
-// them.
 void register_ops(torch::Library& m) {
   m.impl("batch_norm_train", &batch_norm_train);
   m.impl("batch_norm_eval", &batch_norm_eval);
@@ -154,23 +144,6 @@ void register_ops(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(convext, CPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, SparseCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, SparseCsrCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, QuantizedCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, MkldnnCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, NestedTensorCPU, m) {
-  register_ops(m);
-}
+CONVEXT_REGISTER_CPU(register_ops)
 
 }  // namespace convext::cpu

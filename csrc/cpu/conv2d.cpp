@@ -1,8 +1,8 @@
 // The convolutions on the CPU: check, allocate, describe, call, return.
 #include <ATen/Functions.h>
-#include <torch/library.h>
 
 #include "common/parallel.h"
+#include "cpu/glue.h"
 #include "cpu/kernels/conv2d.h"
 #include "last_algorithm.h"
 #include "tensor_args.h"
@@ -38,15 +38,7 @@ void run(const char* op, Conv2dCall& call, const Tensor& result, std::string_vie
   record_algorithm(call.pass, algorithm.name);
   // Sizes that no memory backs may be huge, and their products wrap around.
   if (result.numel() == 0) return;
-  Arena counter(nullptr);
-  algorithm.run(call, counter);
-  TORCH_CHECK(!counter.overflowed(), op, "(): algorithm \"", algorithm.name,
-              "\" needs a workspace larger than the address space for this problem");
-  const Tensor workspace =
-      at::empty({counter.used() + Arena::kAlignment}, at::TensorOptions(at::kByte));
-  const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
-  Arena arena(reinterpret_cast<void*>(round_up(int64_t(address), Arena::kAlignment)));
-  algorithm.run(call, arena);
+  run_with_workspace(op, [&](Arena& arena) { algorithm.run(call, arena); });
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -125,8 +117,6 @@ Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
   return grad_weight;
 }
 
-// Sparse, quantized and the like also come here, so that tensor_args can say what is wrong with
-// them.
 void register_ops(torch::Library& m) {
   m.impl("conv2d", &conv2d);
   m.impl("conv2d_backward_input", &conv2d_backward_input);
@@ -135,23 +125,6 @@ void register_ops(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(convext, CPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, SparseCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, SparseCsrCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, QuantizedCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, MkldnnCPU, m) {
-  register_ops(m);
-}
-TORCH_LIBRARY_IMPL(convext, NestedTensorCPU, m) {
-  register_ops(m);
-}
+CONVEXT_REGISTER_CPU(register_ops)
 
 }  // namespace convext::cpu

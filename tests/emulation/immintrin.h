@@ -1,5 +1,5 @@
-// Stands in for the compiler's <immintrin.h>: SIMD Everywhere (Debian's libsimde-dev) implements the
-// AVX-512 intrinsics in terms of what the machine has, so that isa_avx512.cpp runs on any CPU.
+// Stands in for the compiler's <immintrin.h>: SIMD Everywhere (Debian's libsimde-dev) implements
+// the AVX-512 intrinsics in terms of what the machine has, so that isa_avx512.cpp runs on any CPU.
 #pragma once
 
 #include_next <immintrin.h>

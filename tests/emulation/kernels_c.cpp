@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/conv2d.h"
 
 namespace convext {
@@ -19,6 +20,19 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
 
 using namespace convext;
 
+namespace {
+
+template <class Kernel>
+void run_with_workspace(const Kernel& kernel) {
+  cpu::Arena counter(nullptr);
+  kernel(counter);
+  std::vector<char> workspace(counter.used() + cpu::Arena::kAlignment);
+  cpu::Arena arena(cpu::Arena::aligned(workspace.data()));
+  kernel(arena);
+}
+
+}  // namespace
+
 // Runs one pass with the named ISA and algorithm; `sizes` are Conv2dProblem's members in order, the
 // enumerators of pass, dtype and layout by value. Returns 0, or 1 for a name that is not there.
 extern "C" int convext_conv2d(const char* isa, const char* algorithm, int pass, int dtype,
@@ -33,11 +47,35 @@ extern "C" int convext_conv2d(const char* isa, const char* algorithm, int pass, 
   const cpu::Conv2dCall call{problem, Conv2dPass(pass), DType(dtype), Layout(layout),
                              input,   weight,           bias,         grad_output,
                              output,  &cpu::kernels(),  /*threads=*/3};
-  cpu::Arena counter(nullptr);
-  chosen->run(call, counter);
-  std::vector<char> workspace(counter.used() + cpu::Arena::kAlignment);
-  const auto address = int64_t(reinterpret_cast<uintptr_t>(workspace.data()));
-  cpu::Arena arena(reinterpret_cast<void*>(round_up(address, cpu::Arena::kAlignment)));
-  chosen->run(call, arena);
+  run_with_workspace([&](cpu::Arena& arena) { chosen->run(call, arena); });
+  return 0;
+}
+
+// Runs train (0), eval (1), backward after either (2, 3), or the sum of a bias's gradient (4).
+// `arrays` are the pointers of BatchNormCall from input to grad_bias, in order, without eps.
+extern "C" int convext_batch_norm(const char* isa, int what, int dtype, int layout,
+                                  const int64_t* sizes, void* const* arrays) {
+  if (!cpu::set_isa(isa)) return 1;
+  cpu::BatchNormCall call{};
+  call.problem = {sizes[0], sizes[1], sizes[2]};
+  call.dtype = DType(dtype);
+  call.layout = Layout(layout);
+  call.input = arrays[0];
+  call.grad_output = arrays[1];
+  call.weight = arrays[2];
+  call.bias = arrays[3];
+  call.mean = arrays[4];
+  call.var = arrays[5];
+  call.output = arrays[6];
+  call.grad_weight = arrays[7];
+  call.grad_bias = arrays[8];
+  call.eps = 1e-5;
+  call.training = what == 2;
+  call.isa = &cpu::kernels();
+  call.threads = 3;
+  constexpr void (*kKernels[])(const cpu::BatchNormCall&, cpu::Arena&) = {
+      cpu::batch_norm_train, cpu::batch_norm_eval, cpu::batch_norm_backward,
+      cpu::batch_norm_backward, cpu::channel_sum};
+  run_with_workspace([&](cpu::Arena& arena) { kKernels[what](call, arena); });
   return 0;
 }

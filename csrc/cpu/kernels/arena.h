@@ -38,6 +38,12 @@ class Arena {
     return take<char>(fits ? bytes : -1);
   }
 
+  // The first aligned address at or above one that has kAlignment bytes to spare.
+  static void* aligned(void* base) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(base) + kAlignment - 1;
+    return reinterpret_cast<void*>(address - address % kAlignment);
+  }
+
   int64_t used() const { return used_; }
   bool overflowed() const { return overflowed_; }
   bool counting() const { return base_ == nullptr; }

@@ -62,7 +62,8 @@ struct ColumnSums {
 constexpr int64_t kColumnPadding = 64;
 
 // out[row][j] = (x[row][j] - shift[j]) * scale[j] + offset[j], plus grad[row][j] * grad_scale[j]
-// where there is a grad. Everything but the parameters has rows `ld` elements apart; out overlaps nothing.
+// where there is a grad. Everything but the parameters has rows `ld` elements apart; out overlaps
+// nothing.
 template <class T>
 struct ColumnMap {
   const T* x;
