@@ -37,15 +37,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Runs a test once for each instruction set that this CPU has."""
-    before = convext._C.cpu_isa()
-    convext._C.set_cpu_isa(request.param)
-    yield request.param
-    convext._C.set_cpu_isa(before)
-
-
 def formats(shape):
     """Memory formats that a tensor of this shape can have."""
     last = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
