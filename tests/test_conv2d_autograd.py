@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from convext.functional import conv2d
+from convext.mnist.model import lesson_cnn
 
 ops = torch.ops.convext
 
@@ -300,3 +301,26 @@ def test_no_foreign_convolution(problem, dtype, device, algorithm):
     assert not foreign_ops(seen)
     for name in ("", "_backward_input", "_backward_weight", "_backward_bias"):
         assert seen[f"convext::conv2d{name}"] == 1, sorted(seen)
+
+
+def test_no_foreign_kernel_in_the_lesson_network(device, algorithm):
+    net = lesson_cnn("convext", algorithm).to(device)
+    images = torch.randn(4, 1, 28, 28, device=device)
+    labels = torch.arange(4, device=device)
+
+    def step():
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
+        net.eval()(images)
+
+    seen = calls(step)
+    assert not foreign_ops(seen)
+    for name, count in {
+        "conv2d": 10,
+        "conv2d_backward_input": 4,  # the images need no gradient
+        "conv2d_backward_weight": 5,
+        "conv2d_backward_bias": 5,
+        "batch_norm_train": 4,
+        "batch_norm_eval": 4,
+        "batch_norm_backward": 4,
+    }.items():
+        assert seen[f"convext::{name}"] == count, name
