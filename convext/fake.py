@@ -28,6 +28,14 @@ def _empty(
     )
 
 
+def _check_devices(input: Tensor, *others: Tensor | None) -> None:
+    """Meta tensors come here too, and so do real ones beside them."""
+    devices = {tensor.device for tensor in (input, *others) if tensor is not None}
+    torch._check(
+        len(devices) == 1, lambda: f"expected all tensors on the same device, got {devices}"
+    )
+
+
 def _check_conv2d_sizes(input_size: Sequence[int], weight_size: Sequence[int], groups: int) -> None:
     torch._check(
         len(input_size) == 4 and len(weight_size) == 4,
@@ -44,6 +52,7 @@ def _check_conv2d_sizes(input_size: Sequence[int], weight_size: Sequence[int], g
 
 @torch.library.register_fake("convext::conv2d")
 def _(input, weight, bias, stride, padding, dilation, groups, algorithm="auto"):
+    _check_devices(input, weight, bias)
     _check_conv2d_sizes(input.shape, weight.shape, groups)
     spatial = [
         (i + 2 * p - d * (k - 1) - 1) // s + 1
@@ -57,12 +66,14 @@ def _(input, weight, bias, stride, padding, dilation, groups, algorithm="auto"):
 
 @torch.library.register_fake("convext::conv2d_backward_input")
 def _(grad_output, weight, input_size, stride, padding, dilation, groups, algorithm="auto"):
+    _check_devices(grad_output, weight)
     _check_conv2d_sizes(input_size, weight.shape, groups)
     return _empty(input_size, grad_output, _common_memory_format(grad_output, weight))
 
 
 @torch.library.register_fake("convext::conv2d_backward_weight")
 def _(grad_output, input, weight_size, stride, padding, dilation, groups, algorithm="auto"):
+    _check_devices(grad_output, input)
     _check_conv2d_sizes(input.shape, weight_size, groups)
     return _empty(weight_size, grad_output, _common_memory_format(grad_output, input))
 
@@ -79,6 +90,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("convext::batch_norm_train")
 def _(input, weight, bias, eps):
+    _check_devices(input, weight, bias)
     output = _empty(input.shape, input, suggest_memory_format(input))
     mean, var = (_empty([input.shape[1]], input, dtype=_sum_dtype(input.dtype)) for _ in range(2))
     return output, mean, var
@@ -86,11 +98,13 @@ def _(input, weight, bias, eps):
 
 @torch.library.register_fake("convext::batch_norm_eval")
 def _(input, mean, var, weight, bias, eps):
+    _check_devices(input, mean, var, weight, bias)
     return _empty(input.shape, input, suggest_memory_format(input))
 
 
 @torch.library.register_fake("convext::batch_norm_backward")
 def _(grad_output, input, mean, var, weight, eps, training):
+    _check_devices(input, grad_output, mean, var, weight)
     grad_input = _empty(input.shape, input, suggest_memory_format(input))
     dtype = _sum_dtype(input.dtype) if weight is None else weight.dtype
     grad_weight, grad_bias = (_empty([input.shape[1]], input, dtype=dtype) for _ in range(2))

@@ -170,7 +170,7 @@ BatchNormProblem check_batch_norm(const char* op, const at::Tensor& input, const
 
 }  // namespace
 
-void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
+void check_kind(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.defined(), op, "(): ", name, " must be a tensor, got none");
   TORCH_CHECK(!tensor.is_nested(), op, "(): ", name, " must be a dense tensor, got a nested one");
   TORCH_CHECK(tensor.layout() == at::kStrided, op, "(): ", name,
@@ -188,6 +188,10 @@ void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
                   " must have dtype float32, float64, bfloat16 or float16, got ",
                   tensor.scalar_type());
   }
+}
+
+void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
+  check_kind(op, name, tensor);
   if (tensor.has_storage() && !tensor.is_meta()) check_storage(op, name, tensor);
 }
 

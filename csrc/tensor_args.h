@@ -23,6 +23,9 @@ struct Conv2dSettings {
 
 // A dense, strided tensor of a dtype that the kernels know, with the storage its sizes need.
 void check_tensor(const char* op, const char* name, const at::Tensor& tensor);
+// What can be said before autograd looks at a tensor, sizes being symbolic perhaps: that it is
+// there, dense and of a dtype that the kernels know.
+void check_kind(const char* op, const char* name, const at::Tensor& tensor);
 // The same, and of the dtype and on the device of `like`.
 void check_tensor_like(const char* op, const char* name, const at::Tensor& tensor,
                        const char* like_name, const at::Tensor& like);

@@ -336,7 +336,7 @@ BAD = {
     "mean axes": ({"running_mean": torch.ones(3, 1)}, "mean should"),
     "weight dtype": ({"weight": C3.double()}, "weight type .* should be the input type"),
     "bias dtype": ({"bias": C3.double()}, "bias type .* should be the input type"),
-    "weight device": ({"weight": torch.ones(3, device="meta")}, ""),
+    "weight device": ({"weight": torch.ones(3, device="meta")}, "same device"),
 }
 
 

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "autograd/find_op.h"
+#include "tensor_args.h"
 
 namespace convext {
 namespace {
@@ -169,6 +170,7 @@ struct BatchNormBackward : Function<BatchNormBackward> {
 
 Triple batch_norm_train_autograd(const Tensor& input, const optional<Tensor>& weight,
                                  const optional<Tensor>& bias, double eps) {
+  check_kind("batch_norm_train", "input", input);
   const variable_list results = BatchNormTrain::apply(input, weight, bias, eps);
   return {results[0], results[1], results[2]};
 }
@@ -176,12 +178,19 @@ Triple batch_norm_train_autograd(const Tensor& input, const optional<Tensor>& we
 Tensor batch_norm_eval_autograd(const Tensor& input, const Tensor& mean, const Tensor& var,
                                 const optional<Tensor>& weight, const optional<Tensor>& bias,
                                 double eps) {
+  check_kind("batch_norm_eval", "input", input);
+  check_kind("batch_norm_eval", "mean", mean);
+  check_kind("batch_norm_eval", "var", var);
   return BatchNormEval::apply(input, mean, var, weight, bias, eps);
 }
 
 Triple batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
                                     const Tensor& mean, const Tensor& var,
                                     const optional<Tensor>& weight, double eps, bool training) {
+  check_kind("batch_norm_backward", "grad_output", grad_output);
+  check_kind("batch_norm_backward", "input", input);
+  check_kind("batch_norm_backward", "mean", mean);
+  check_kind("batch_norm_backward", "var", var);
   const variable_list results =
       BatchNormBackward::apply(grad_output, input, mean, var, weight, eps, training);
   return {results[0], results[1], results[2]};

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "autograd/find_op.h"
+#include "tensor_args.h"
 
 namespace convext {
 namespace {
@@ -183,6 +184,8 @@ struct Conv2dBackwardBias : Function<Conv2dBackwardBias> {
 Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                        int64_t groups, std::string_view algorithm) {
+  check_kind("conv2d", "input", input);
+  check_kind("conv2d", "weight", weight);
   return Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, algorithm);
 }
 
@@ -190,6 +193,8 @@ Tensor conv2d_backward_input_autograd(const Tensor& grad_output, const Tensor& w
                                       SymIntArrayRef input_size, IntArrayRef stride,
                                       IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                                       std::string_view algorithm) {
+  check_kind("conv2d_backward_input", "grad_output", grad_output);
+  check_kind("conv2d_backward_input", "weight", weight);
   return Conv2dBackwardInput::apply(grad_output, weight, input_size, stride, padding, dilation,
                                     groups, algorithm);
 }
@@ -198,11 +203,14 @@ Tensor conv2d_backward_weight_autograd(const Tensor& grad_output, const Tensor& 
                                        SymIntArrayRef weight_size, IntArrayRef stride,
                                        IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                                        std::string_view algorithm) {
+  check_kind("conv2d_backward_weight", "grad_output", grad_output);
+  check_kind("conv2d_backward_weight", "input", input);
   return Conv2dBackwardWeight::apply(grad_output, input, weight_size, stride, padding, dilation,
                                      groups, algorithm);
 }
 
 Tensor conv2d_backward_bias_autograd(const Tensor& grad_output) {
+  check_kind("conv2d_backward_bias", "grad_output", grad_output);
   return Conv2dBackwardBias::apply(grad_output);
 }
 

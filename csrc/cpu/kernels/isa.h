@@ -10,10 +10,16 @@
 
 namespace convext::cpu {
 
-// Every long sum is cut into chains of this length, which are then added up: the error of one chain
-// of n terms grows with n, that of the cut one with sqrt(n) as long as n is below the square of the
-// cut. A constant, so that the order of a sum, and with it every bit, is the same on every ISA.
+// Every long sum is cut into chains of at most this length, which are then added up: the error of
+// one chain of n terms grows with n, that of the cut one with sqrt(n) as long as n is below the
+// square of the cut. A constant, so that the order of a sum, and with it every bit, is the same on
+// every ISA.
 constexpr int64_t kSumChain = 16;
+
+// The equal parts, at most kSumChain long, that a sum of n terms is cut into.
+inline int64_t chain_length(int64_t n) {
+  return n <= kSumChain ? n : ceil_div(n, ceil_div(n, kSumChain));
+}
 
 // A block of a matrix product whose left operand is never laid out as a matrix: its element (row,
 // t) is source[rows[row] + taps[t]].

@@ -18,6 +18,7 @@ void gather_rows(const GatherTile<T>& t) {
   const T* init = t.init;
   const T* panel = t.panel;
   bool accumulate = t.accumulate;
+  const int64_t chain = chain_length(t.tap_count);
   int64_t i = 0;
   do {
     V sum[kRows][kVectors];
@@ -27,7 +28,7 @@ void gather_rows(const GatherTile<T>& t) {
       CONVEXT_UNROLL
       for (int r = 0; r < kRows; ++r) sum[r][v] = start;
     }
-    const int64_t end = t.tap_count - i < kSumChain ? t.tap_count : i + kSumChain;
+    const int64_t end = t.tap_count - i < chain ? t.tap_count : i + chain;
     for (; i < end; ++i, panel += kVectors * kLanes) {
       const int64_t tap = t.taps[i];
       V weight[kVectors];
@@ -84,6 +85,7 @@ void gemm(int64_t k, const T* a, const T* b, T* c, int64_t ld_c, int rows, int c
   constexpr int kLanes = V::lanes;
   constexpr int kCols = kGemmVectors * kLanes;
   T tile[kGemmRows * kCols];  // sums of the chains so far
+  const int64_t chain = chain_length(k);
   for (int64_t i = 0; i < k;) {
     V sum[kGemmRows][kGemmVectors];
     CONVEXT_UNROLL
@@ -92,7 +94,7 @@ void gemm(int64_t k, const T* a, const T* b, T* c, int64_t ld_c, int rows, int c
       for (int v = 0; v < kGemmVectors; ++v) sum[r][v] = V::zero();
     }
     const bool first = i == 0;
-    const int64_t end = k - i < kSumChain ? k : i + kSumChain;
+    const int64_t end = k - i < chain ? k : i + chain;
     for (; i < end; ++i, a += kGemmRows, b += kCols) {
       V column[kGemmVectors];
       CONVEXT_UNROLL
