@@ -20,6 +20,8 @@ void for_lane_tiles(int64_t ld, int lanes, const Body& body) {
 template <class T>
 class DirectProduct {
  public:
+  static constexpr Taps kTaps = Taps::needed;
+
   struct Scratch {
     Scratch(const Gather<T>&, int64_t, const VectorKernels<T>&, Arena&) {}
   };

@@ -30,13 +30,13 @@ inline FilterBank filter_bank(const Conv2dCall& call) {
 
 // Gathers input pixels for output pixels.
 template <class T>
-Gather<T> forward_gather(const Conv2dCall& call, Cut cut, Arena& arena) {
+Gather<T> forward_gather(const Conv2dCall& call, Taps taps, Cut cut, Arena& arena) {
   const Conv2dProblem& p = call.problem;
   return Gather<T>(input_tensor(call), p.group_in_channels(),
                    GatherAxis::forward(p.in_height, p.out_height(), p.kernel_height,
-                                       p.stride_height, p.padding_height, p.dilation_height),
+                                       p.stride_height, p.padding_height, p.dilation_height, taps),
                    GatherAxis::forward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
-                                       p.padding_width, p.dilation_width),
+                                       p.padding_width, p.dilation_width, taps),
                    cut, arena);
 }
 
@@ -89,6 +89,7 @@ struct BlockScratch {
 //
 // Product<T>::Scratch(gather, ld, isa, arena)    per slot
 // Product<T>(gather, ld, groups, isa, arena)     shared
+//   ::kTaps                                      the taps that multiply needs listed
 //   .prepare(group, filters)                     filters[tap][ld], kept by the driver
 //   .multiply(group, block, slab, bias, rows, scratch)
 template <class T, template <class> class Product>
@@ -96,8 +97,8 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   const VectorKernels<T>& isa = call.isa->of<T>();
   const Conv2dProblem& p = call.problem;
   const bool forward = call.pass == Conv2dPass::forward;
-  const Gather<T> gather =
-      forward ? forward_gather<T>(call, Cut::rows, arena) : backward_gather<T>(call, arena);
+  const Gather<T> gather = forward ? forward_gather<T>(call, Product<T>::kTaps, Cut::rows, arena)
+                                   : backward_gather<T>(call, arena);
   const ImageTensor target = forward ? grad_output_tensor(call) : input_tensor(call);
   const int64_t channels = target.channels / p.groups;
   const int64_t ld = round_up(channels, isa.lanes);
@@ -154,7 +155,7 @@ void compute_weights(const Conv2dCall& call, Arena& arena) {
   constexpr int64_t kMostPartials = int64_t(1) << 22;  // elements
   const VectorKernels<T>& isa = call.isa->of<T>();
   const Conv2dProblem& p = call.problem;
-  const Gather<T> gather = forward_gather<T>(call, Cut::rows, arena);
+  const Gather<T> gather = forward_gather<T>(call, Taps::all, Cut::rows, arena);
   const ImageTensor grad_output = grad_output_tensor(call);
   const int64_t filters = p.group_out_channels();
   const int64_t ld = round_up(filters, isa.lanes);

@@ -19,53 +19,83 @@ int64_t floor_mod(int64_t a, int64_t b) {
 }  // namespace
 
 GatherAxis GatherAxis::forward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
-                               int64_t padding, int64_t dilation) {
-  return {in,
-          out,
-          kernel,
-          stride,
-          padding,
-          dilation,
-          /*transposed=*/false,
-          /*classes=*/1,
-          /*source_step=*/stride,
-          /*origin=*/-padding,
-          /*reach=*/(kernel - 1) * dilation + 1};
+                               int64_t padding, int64_t dilation, Taps listed) {
+  GatherAxis axis{in,
+                  out,
+                  kernel,
+                  stride,
+                  padding,
+                  dilation,
+                  /*transposed=*/false,
+                  listed,
+                  /*classes=*/1,
+                  /*source_step=*/stride};
+  axis.span_taps();
+  return axis;
 }
 
-// Target i and kernel position k meet source (i + padding - k * dilation) / stride where that is
-// whole. With i = residue + stride * q it is q + shift, and the shift depends on the residue and k
-// alone.
 GatherAxis GatherAxis::backward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
                                 int64_t padding, int64_t dilation) {
-  const int64_t classes = std::max<int64_t>(1, std::min(stride, in));
-  bool any = false;
-  int64_t low = 0, high = 0;
+  GatherAxis axis{out,
+                  in,
+                  kernel,
+                  stride,
+                  padding,
+                  dilation,
+                  /*transposed=*/true,
+                  Taps::needed,
+                  /*classes=*/std::max<int64_t>(1, std::min(stride, in)),
+                  /*source_step=*/1};
+  axis.span_taps();
+  return axis;
+}
+
+void GatherAxis::span_taps() {
+  int64_t met = 0, low = 0, high = 0;
   for (int64_t k = 0; k < kernel; ++k) {
-    const int64_t residue = floor_mod(k * dilation - padding, stride);
-    if (residue >= classes) continue;
-    const int64_t shift = (residue + padding - k * dilation) / stride;
-    low = any ? std::min(low, shift) : shift;
-    high = any ? std::max(high, shift) : shift;
-    any = true;
+    const int64_t residue = transposed ? floor_mod(k * dilation - padding, stride) : 0;
+    int64_t position = 0;
+    if (residue >= classes || !meets(k, residue, &position)) continue;
+    low = met ? std::min(low, position) : position;
+    high = met ? std::max(high, position) : position;
+    ++met;
   }
-  return {out,
-          in,
-          kernel,
-          stride,
-          padding,
-          dilation,
-          /*transposed=*/true,
-          classes,
-          /*source_step=*/1,
-          /*origin=*/low,
-          /*reach=*/high - low + 1};
+  origin = low;
+  reach = high - low + 1;
+  meets_all = classes == 1 && met == kernel;
+}
+
+bool GatherAxis::meets(int64_t k, int64_t residue, int64_t* position) const {
+  if (transposed) {
+    const int64_t distance = residue + padding - k * dilation;
+    if (distance % stride != 0) return false;
+    *position = distance / stride;
+  } else {
+    *position = k * dilation - padding;
+  }
+  if (listed == Taps::all) return true;
+  const int64_t last = *position + (class_count(target_size, residue) - 1) * source_step;
+  return last >= 0 && *position < source_size;
 }
 
 int64_t GatherAxis::tap(int64_t k, int64_t residue) const {
-  if (!transposed) return k * dilation;
-  const int64_t distance = residue + padding - k * dilation;
-  return distance % stride == 0 ? distance / stride - origin : -1;
+  int64_t position = 0;
+  return meets(k, residue, &position) ? position - origin : -1;
+}
+
+// Rows are often a few elements long, where a call to memcpy costs more than the copy.
+template <class T>
+inline void copy_short(const T* from, int64_t n, T* to) {
+  constexpr int64_t kWide = 32 / sizeof(T);
+  for (; n >= kWide; n -= kWide, from += kWide, to += kWide) {
+    std::memcpy(to, from, kWide * sizeof(T));
+  }
+  for (int64_t part = kWide / 2; part > 0; part /= 2) {
+    if ((n & part) == 0) continue;
+    std::memcpy(to, from, part * sizeof(T));
+    from += part;
+    to += part;
+  }
 }
 
 template <class T>
@@ -205,41 +235,44 @@ const T* Gather<T>::fill(const VectorKernels<T>& isa, const Block& b, int64_t fi
   const int64_t first = std::clamp<int64_t>(-left, 0, slab_width_);  // columns inside the source
   const int64_t last = std::clamp<int64_t>(source_.width - left, first, slab_width_);
   const int64_t height = y_.slab_size(b.rows);
-  // One row of pixels of one image, of one channel (nchw) or of all the group's (nhwc).
-  const auto fill_row = [&](int64_t image, int64_t c, int64_t y, T* row) {
-    const int64_t element = stride_w_;
-    const bool inside = top + y >= 0 && top + y < source_.height;
-    if (!inside) {
-      std::fill(row, row + slab_width_ * element, T(0));
-      return;
-    }
-    std::fill(row, row + first * element, T(0));
-    std::fill(row + last * element, row + slab_width_ * element, T(0));
-    if (nchw) {
-      const int64_t line =
-          (image * source_.channels + first_channel + c) * source_.height + top + y;
-      isa.load(source_.dtype, source_.data, line * source_.width + left + first, row + first,
-               last - first);
-      return;
-    }
-    const int64_t line = image * source_.height + top + y;
-    const int64_t offset = (line * source_.width + left + first) * source_.channels + first_channel;
-    if (channels_ == source_.channels) {
-      isa.load(source_.dtype, source_.data, offset, row + first * element,
-               (last - first) * element);
-      return;
-    }
-    for (int64_t x = first; x < last; ++x) {
-      isa.load(source_.dtype, source_.data, offset + (x - first) * source_.channels,
-               row + x * element, channels_);
+  const bool same_type = size_of(source_.dtype) == int64_t(sizeof(T));
+  const auto read = [&](int64_t offset, int64_t n, T* to) {
+    if (same_type) {
+      copy_short(static_cast<const T*>(source_.data) + offset, n, to);
+    } else {
+      isa.load(source_.dtype, source_.data, offset, to, n);
     }
   };
+  // One row of pixels of one image, of one channel (nchw) or of all the group's (nhwc), which lies
+  // in the source from element `offset` on.
+  const auto fill_row = [&](int64_t offset, T* row) {
+    for (T* p = row; p < row + first * stride_w_; ++p) *p = T(0);
+    for (T* p = row + last * stride_w_; p < row + slab_width_ * stride_w_; ++p) *p = T(0);
+    if (nchw || channels_ == source_.channels) {
+      read(offset, (last - first) * stride_w_, row + first * stride_w_);
+      return;
+    }
+    for (int64_t x = first; x < last; ++x, offset += source_.channels) {
+      read(offset, channels_, row + x * stride_w_);
+    }
+  };
+  const int64_t top_rows = std::clamp<int64_t>(-top, 0, height);  // above the source
+  const int64_t end_rows = std::clamp<int64_t>(source_.height - top, top_rows, height);
+  const int64_t source_row = source_.width * (nchw ? 1 : source_.channels);
   for (int64_t n = 0; n < b.images; ++n) {
-    T* image = slab + n * stride_n_;
     for (int64_t c = 0; c < (nchw ? channels_ : 1); ++c) {
-      for (int64_t y = 0; y < height; ++y) {
-        fill_row(b.first_image + n, c, y, image + c * stride_c_ + y * stride_h_);
+      T* plane = slab + n * stride_n_ + c * (nchw ? stride_c_ : 0);
+      const int64_t image = b.first_image + n;
+      const int64_t plane_start =
+          nchw ? (image * source_.channels + first_channel + c) * source_.height * source_.width
+               : image * source_.height * source_row + first_channel;
+      int64_t offset = plane_start + (top + top_rows) * source_row +
+                       (left + first) * (nchw ? 1 : source_.channels);
+      std::fill(plane, plane + top_rows * stride_h_, T(0));
+      for (int64_t y = top_rows; y < end_rows; ++y, offset += source_row) {
+        fill_row(offset, plane + y * stride_h_);
       }
+      std::fill(plane + end_rows * stride_h_, plane + height * stride_h_, T(0));
     }
   }
   return slab;

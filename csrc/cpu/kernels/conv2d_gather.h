@@ -20,21 +20,30 @@
 
 namespace convext::cpu {
 
-// One spatial axis of a gather.
+// Which kernel positions a gather lists: small images have some that meet nothing but padding.
+enum class Taps { all, needed };
+
+// One spatial axis of a gather. Target i and kernel position k meet the source at
+//   i * stride + k * dilation - padding              going forward, from input to output
+//   (i + padding - k * dilation) / stride if whole   going backward, from grad_output to grad_input
+// Both are q * source_step + a position that depends on k and on the residue class of i alone, with
+// q the number of i within its class.
 struct GatherAxis {
   int64_t source_size, target_size, kernel, stride, padding, dilation;
-  bool transposed;      // backward_input: from grad_output to grad_input
+  bool transposed;      // going backward
+  Taps listed;          // which taps count
   int64_t classes;      // residue classes of the target coordinate; 1 unless transposed
   int64_t source_step;  // source distance of neighbouring targets of one class
-  int64_t origin;       // source coordinate of slab position 0 of a block that starts at target 0
-  int64_t reach;        // slab positions that the taps of one target span
+  int64_t origin = 0;   // source coordinate of slab position 0 of a block that starts at target 0
+  int64_t reach = 1;    // slab positions that the taps of one target span
+  bool meets_all = false;  // one class of targets, which meets every kernel position
 
   static GatherAxis forward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
-                            int64_t padding, int64_t dilation);
+                            int64_t padding, int64_t dilation, Taps listed);
   static GatherAxis backward(int64_t in, int64_t out, int64_t kernel, int64_t stride,
                              int64_t padding, int64_t dilation);
 
-  // Slab offset at which targets of a class meet kernel position k, or -1 when they never do.
+  // Slab offset at which targets of a class meet kernel position k, or -1 when that is not listed.
   int64_t tap(int64_t k, int64_t residue) const;
   // Targets of a class among the first `count` targets.
   int64_t class_count(int64_t count, int64_t residue) const {
@@ -50,6 +59,11 @@ struct GatherAxis {
   bool inside() const {
     return origin >= 0 && slab_start(0) + slab_size(target_size) <= source_size;
   }
+
+ private:
+  // Whether targets of a class meet kernel position k, and where the first of them does.
+  bool meets(int64_t k, int64_t residue, int64_t* position) const;
+  void span_taps();  // sets origin, reach and meets_all
 };
 
 // Some images, or some rows of one image, of the gather's target.
@@ -77,7 +91,7 @@ class Gather {
   int64_t classes() const { return y_.classes * x_.classes; }
   // Whether all targets meet every tap, so that taps and weights come in the same order. Not so for
   // a single class of a stride above 1, where the target is one pixel wide.
-  bool meets_every_tap() const { return !y_.transposed || (y_.stride == 1 && x_.stride == 1); }
+  bool meets_every_tap() const { return y_.meets_all && x_.meets_all; }
 
   // Taps of a class, in the order channel, kernel row, kernel column: slab offsets, and the index
   // (channel * kH + row) * kW + column of the weight that each meets.

@@ -39,6 +39,8 @@ void col2im(const Gather<T>& gather, int64_t first_pixel, int64_t count, const T
 template <class T>
 class Im2colProduct {
  public:
+  static constexpr Taps kTaps = Taps::all;
+
   struct Scratch {
     Scratch(const Gather<T>& gather, int64_t ld, const VectorKernels<T>& isa, Arena& arena)
         : columns(arena.take<T>(gather.most_pixels() * gather.tap_total())),
@@ -92,7 +94,7 @@ void scatter_pixels(const Conv2dCall& call, Arena& arena) {
   const Conv2dProblem& p = call.problem;
   Conv2dCall target = call;
   target.input = nullptr;  // only its shape counts here: the gather's source is what is computed
-  const Gather<T> gather = forward_gather<T>(target, Cut::whole_images, arena);
+  const Gather<T> gather = forward_gather<T>(target, Taps::all, Cut::whole_images, arena);
   const ImageTensor grad_output = grad_output_tensor(call);
   const FilterBank bank = filter_bank(call);
   const int64_t filters = p.group_out_channels(), taps = gather.tap_total();
