@@ -31,40 +31,38 @@ const Conv2dAlgorithm& pick(const char* op, const Conv2dCall& call, std::string_
   return *algorithm;
 }
 
-void run(const char* op, Conv2dCall& call, const Tensor& result, std::string_view name) {
+// Allocates the result and computes it; `call` has the problem, the pass and its operands.
+Tensor compute(const char* op, Conv2dCall call, at::IntArrayRef size, const Tensor& like,
+               at::MemoryFormat format, std::string_view name) {
+  call.dtype = dtype_of(like);
+  call.layout = layout_of(format);
   call.isa = &kernels();
   call.threads = num_threads();
   const Conv2dAlgorithm& algorithm = pick(op, call, name);
   record_algorithm(call.pass, algorithm.name);
+  const Tensor result = at::empty(size, like.options().memory_format(format));
   // Sizes that no memory backs may be huge, and their products wrap around.
-  if (result.numel() == 0) return;
+  if (result.numel() == 0) return result;
+  call.output = result.mutable_data_ptr();
   run_with_workspace(op, [&](Arena& arena) { algorithm.run(call, arena); });
+  return result;
 }
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
               int64_t groups, std::string_view algorithm) {
-  const Conv2dProblem problem =
-      check_conv2d(input, weight, bias, {stride, padding, dilation, groups});
+  Conv2dCall call{};
+  call.problem = check_conv2d(input, weight, bias, {stride, padding, dilation, groups});
+  call.pass = Conv2dPass::forward;
   const at::MemoryFormat format = common_memory_format({input, weight});
   const Tensor x = input.contiguous(format), w = weight.contiguous(format);
   const Tensor b = bias ? bias->contiguous() : Tensor();
-  const Tensor output =
-      at::empty({problem.batch, problem.out_channels, problem.out_height(), problem.out_width()},
-                input.options().memory_format(format));
-  Conv2dCall call{problem,
-                  Conv2dPass::forward,
-                  dtype_of(input),
-                  layout_of(format),
-                  x.const_data_ptr(),
-                  w.const_data_ptr(),
-                  bias ? b.const_data_ptr() : nullptr,
-                  nullptr,
-                  output.mutable_data_ptr(),
-                  nullptr,
-                  1};
-  run("conv2d", call, output, algorithm);
-  return output;
+  call.input = x.const_data_ptr();
+  call.weight = w.const_data_ptr();
+  call.bias = bias ? b.const_data_ptr() : nullptr;
+  const Conv2dProblem& p = call.problem;
+  return compute("conv2d", call, {p.batch, p.out_channels, p.out_height(), p.out_width()}, input,
+                 format, algorithm);
 }
 
 Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
@@ -72,24 +70,15 @@ Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                              std::string_view algorithm) {
   const at::IntArrayRef size = C10_AS_INTARRAYREF_SLOW(input_size);
-  const Conv2dProblem problem =
+  Conv2dCall call{};
+  call.problem =
       check_conv2d_backward_input(grad_output, weight, size, {stride, padding, dilation, groups});
+  call.pass = Conv2dPass::backward_input;
   const at::MemoryFormat format = common_memory_format({grad_output, weight});
   const Tensor g = grad_output.contiguous(format), w = weight.contiguous(format);
-  const Tensor grad_input = at::empty(size, grad_output.options().memory_format(format));
-  Conv2dCall call{problem,
-                  Conv2dPass::backward_input,
-                  dtype_of(grad_output),
-                  layout_of(format),
-                  nullptr,
-                  w.const_data_ptr(),
-                  nullptr,
-                  g.const_data_ptr(),
-                  grad_input.mutable_data_ptr(),
-                  nullptr,
-                  1};
-  run("conv2d_backward_input", call, grad_input, algorithm);
-  return grad_input;
+  call.grad_output = g.const_data_ptr();
+  call.weight = w.const_data_ptr();
+  return compute("conv2d_backward_input", call, size, grad_output, format, algorithm);
 }
 
 Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
@@ -97,24 +86,15 @@ Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                               std::string_view algorithm) {
   const at::IntArrayRef size = C10_AS_INTARRAYREF_SLOW(weight_size);
-  const Conv2dProblem problem =
+  Conv2dCall call{};
+  call.problem =
       check_conv2d_backward_weight(grad_output, input, size, {stride, padding, dilation, groups});
+  call.pass = Conv2dPass::backward_weight;
   const at::MemoryFormat format = common_memory_format({grad_output, input});
   const Tensor g = grad_output.contiguous(format), x = input.contiguous(format);
-  const Tensor grad_weight = at::empty(size, grad_output.options().memory_format(format));
-  Conv2dCall call{problem,
-                  Conv2dPass::backward_weight,
-                  dtype_of(grad_output),
-                  layout_of(format),
-                  x.const_data_ptr(),
-                  nullptr,
-                  nullptr,
-                  g.const_data_ptr(),
-                  grad_weight.mutable_data_ptr(),
-                  nullptr,
-                  1};
-  run("conv2d_backward_weight", call, grad_weight, algorithm);
-  return grad_weight;
+  call.grad_output = g.const_data_ptr();
+  call.input = x.const_data_ptr();
+  return compute("conv2d_backward_weight", call, size, grad_output, format, algorithm);
 }
 
 void register_ops(torch::Library& m) {
