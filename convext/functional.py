@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from convext import transforms
+
 _ops = torch.ops.convext
 
 
@@ -75,7 +77,8 @@ def conv2d(
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, stride, padding, dilation)
     padding = _pair("padding", padding)
-    output = _ops.conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
+    op = transforms.conv2d if transforms.active() else _ops.conv2d
+    output = op(input, weight, bias, stride, padding, dilation, groups, algorithm)
     return output.squeeze(0) if unbatched else output
 
 

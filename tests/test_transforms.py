@@ -1,0 +1,141 @@
+"""torch.func's transforms and forward-mode differentiation, ours beside PyTorch's convolution."""
+
+import itertools
+
+import pytest
+import torch
+from torch import func
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from convext import functional
+
+SETTINGS = {
+    "plain": ((2, 4, 6, 5), (6, 4, 3, 2), {}),
+    "all": (
+        (2, 4, 8, 7),
+        (6, 2, 3, 2),
+        {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2},
+    ),
+    "depthwise": ((3, 3, 5, 6), (3, 1, 2, 3), {"padding": (1, 0), "groups": 3}),
+}
+
+
+def values(size):
+    return torch.randn(size, dtype=torch.float64)
+
+
+def both(transform, settings):
+    """What a transform makes of our convolution, and of PyTorch's."""
+    return [
+        transform(lambda *operands, f=f: f(*operands, **settings))
+        for f in (functional.conv2d, F.conv2d)
+    ]
+
+
+@pytest.fixture(params=SETTINGS)
+def problem(request):
+    input_size, weight_size, settings = SETTINGS[request.param]
+    return values(input_size), values(weight_size), values(weight_size[0]), settings
+
+
+def loss(f):
+    return lambda *operands: (f(*operands) ** 3).sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f: func.grad(loss(f), argnums=(0, 1, 2)),
+    "grad of grad": lambda f: func.grad(
+        lambda *o: sum((g**2).sum() for g in func.grad(loss(f), argnums=(0, 1, 2))(*o)),
+        argnums=(0, 1, 2),
+    ),
+    "vjp": lambda f: lambda *o: func.vjp(f, *o)[1](torch.ones_like(f(*o))),
+    "jvp": lambda f: lambda *o: func.jvp(f, o, tuple(torch.sin(t) for t in o)),
+    "jvp of grad": lambda f: (
+        lambda *o: func.jvp(func.grad(loss(f), argnums=(0, 1)), o, tuple(torch.cos(t) for t in o))
+    ),
+    "jacrev": lambda f: func.jacrev(f, argnums=1),
+    "jacfwd": lambda f: func.jacfwd(f, argnums=1),
+    "hessian": lambda f: func.hessian(lambda w, x: loss(f)(x, w)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_equals_torch(name, problem):
+    x, w, b, settings = problem
+    if name == "hessian":
+        x, operands = x[:1], (w, x[:1])
+    else:
+        operands = (x, w, b)
+    ours, stock = both(TRANSFORMS[name], settings)
+    torch.testing.assert_close(ours(*operands), stock(*operands))
+
+
+@pytest.mark.parametrize(
+    "in_dims",
+    [
+        dims
+        for dims in itertools.product((None, 0, 2), repeat=3)
+        if any(d is not None for d in dims)
+    ],
+    ids=str,
+)
+def test_vmap_over_any_axis(in_dims, problem):
+    x, w, b, settings = problem
+    operands = [
+        t if dim is None else values((5, *t.shape)).movedim(0, min(dim, t.dim()))
+        for t, dim in zip((x, w, b), in_dims, strict=True)
+    ]
+    dims = tuple(
+        None if dim is None else min(dim, t.dim())
+        for t, dim in zip((x, w, b), in_dims, strict=True)
+    )
+    ours, stock = both(lambda f: func.vmap(f, dims), settings)
+    torch.testing.assert_close(ours(*operands), stock(*operands))
+    ours, stock = both(lambda f: func.vmap(func.grad(loss(f), argnums=(0, 1, 2)), dims), settings)
+    torch.testing.assert_close(ours(*operands), stock(*operands))
+
+
+def test_gradient_of_each_sample(problem):
+    x, w, b, settings = problem
+
+    def per_sample(f):
+        def one(w, b, x):
+            return loss(f)(x[None], w, b)
+
+        return lambda: func.vmap(func.grad(one, argnums=(0, 1)), (None, None, 0))(w, b, x)
+
+    ours, stock = both(per_sample, settings)
+    torch.testing.assert_close(ours(), stock())
+
+
+def test_forward_mode(problem):
+    x, w, b, settings = problem
+
+    def tangent(f):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t, torch.sin(t)) for t in (x, w, b)]
+            return forward_ad.unpack_dual(f(*duals))
+
+    ours, stock = both(tangent, settings)
+    torch.testing.assert_close(ours.primal, stock.primal)
+    torch.testing.assert_close(ours.tangent, stock.tangent)
+    assert torch.autograd.gradcheck(
+        lambda *o: functional.conv2d(*o, **settings),
+        [t.clone().requires_grad_() for t in (x, w, b)],
+        check_forward_ad=True,
+        check_batched_grad=True,
+    )
+
+
+def test_transform_of_a_compiled_function(problem):
+    """A graph break in the middle, and the right gradient; never a silent zero."""
+    x, w, _, settings = problem
+
+    def grad(w):
+        return func.grad(lambda w: functional.conv2d(x, w, **settings).pow(2).sum())(w)
+
+    torch.testing.assert_close(torch.compile(grad, backend="aot_eager")(w), grad(w))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="AutoDispatchBelowAutograd|pybind11"):
+        torch.compile(grad, fullgraph=True, backend="aot_eager")(w)
