@@ -137,5 +137,5 @@ def test_transform_of_a_compiled_function(problem):
 
     torch.testing.assert_close(torch.compile(grad, backend="aot_eager")(w), grad(w))
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="AutoDispatchBelowAutograd|pybind11"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"AutoDispatchBelowAutograd|pybind11"):
         torch.compile(grad, fullgraph=True, backend="aot_eager")(w)
