@@ -21,11 +21,6 @@ def _pair(name: str, value: int | tuple[int, ...] | list[int]) -> list[int]:
     return values * 2 if len(values) == 1 else values
 
 
-def same_padding(kernel_size: list[int], dilation: list[int]) -> list[int]:
-    """Zeros that padding="same" adds in all, for (height, width)."""
-    return [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-
-
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -94,7 +89,7 @@ def _pad_by_name(
         raise RuntimeError(
             f"padding='same' is not supported for strided convolutions, got stride {stride}"
         )
-    total = same_padding(list(weight.shape[2:]), dilation)
+    total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
     if any(t % 2 for t in total):
         input = F.pad(input, [0, total[1] % 2, 0, total[0] % 2])
     return input, [t // 2 for t in total]

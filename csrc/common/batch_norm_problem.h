@@ -9,9 +9,8 @@ namespace convext {
 struct BatchNormProblem {
   int64_t batch, channels, pixels;
 
-  int64_t count() const {
-    return batch * pixels;
-  }  // values that a channel's statistics are made of
+  // Values that a channel's statistics are made of.
+  int64_t count() const { return batch * pixels; }
   int64_t elements() const { return count() * channels; }
 };
 

@@ -1,7 +1,7 @@
 // Direct convolution: products are summed where the operands lie, with no matrix laid out. Vector
 // lanes run across output channels (input channels in backward_input), never across a sum, so every
-// result is one chain of fused multiply-adds in the order channel, kernel row, kernel column, and
-// has the same bits on every ISA.
+// result adds its products in the order channel, kernel row, kernel column (in chains of fused
+// multiply-adds, see kSumChain), and has the same bits on every ISA.
 #include "cpu/kernels/conv2d_driver.h"
 
 namespace convext::cpu {

@@ -146,8 +146,9 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
 // The pass whose results are weights. Blocks of pixels are summed in order within a split, and
 // splits in order at the end; the number of splits depends on the shape alone.
 //
-// Product<T>::Scratch as above; static kLanes(isa): filters that one accumulate call takes at most.
-//   Product<T>::accumulate(gather, block, slab, rows, width, first, partial, ld, isa, scratch)
+// Product<T>::Scratch                            as above
+//   ::most_lanes(isa, range)                     filters that one accumulate call takes at most
+//   ::accumulate(gather, block, slab, rows, width, add, partial, ld, isa, scratch)
 template <class T, template <class> class Product>
 void compute_weights(const Conv2dCall& call, Arena& arena) {
   constexpr int64_t kRange = 64;  // filters that one item computes

@@ -27,8 +27,9 @@ inline int64_t chain_length(int64_t n) {
 //   out[out_rows[row] * ld_out + lane] = init[lane] + sum over t of source[rows[row] + taps[t]] *
 //   panel[t][lane]
 //
-// Each sum is one chain of fused multiply-adds in the order of t. With `accumulate` the finished
-// sum is added to what out holds.
+// A sum runs in the order of t, in chains of fused multiply-adds that are added up in out. The
+// first chain starts from init and replaces what out held; with `accumulate` it is added to that
+// too.
 template <class T>
 struct GatherTile {
   const T* source;
@@ -52,7 +53,6 @@ struct GatherTile {
 //   moments    sum[j] += sum of (a[row][j] - shift[j]),   dot[j] += sum of (a[row][j] - shift[j])^2
 //   product    sum[j] += sum of a[row][j],                dot[j] += sum of a[row][j] * (b[row][j] -
 //   shift[j])
-//
 enum class ColumnSum { total, moments, product };
 
 template <class T>
