@@ -11,14 +11,17 @@ from torch.nn import functional as F
 from convext import transforms
 
 _ops = torch.ops.convext
+_conv2d = _ops.conv2d.default  # no overload to look for
 
 
-def _pair(name: str, value: int | tuple[int, ...] | list[int]) -> list[int]:
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
+def _pair(name: str, value: int | tuple[int, ...] | list[int]) -> tuple[int, ...] | list[int]:
+    if type(value) is int:
+        return (value, value)
+    values = value if isinstance(value, (tuple, list)) else (value,)
     for number in values:
-        if not hasattr(number, "__index__"):  # int, torch.SymInt, numpy's integers
+        if type(number) is not int and not hasattr(number, "__index__"):  # SymInt, numpy's integers
             raise TypeError(f"conv2d(): {name} must be an int or a pair of ints, got {value!r}")
-    return values * 2 if len(values) == 1 else values
+    return values if len(values) != 1 else (values[0], values[0])
 
 
 def conv2d(
@@ -55,26 +58,35 @@ def conv2d(
         TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
-    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and (name != "bias" or value is not None):
-            raise TypeError(f"conv2d(): {name} must be a Tensor, got {type(value).__name__}")
-    if not hasattr(groups, "__index__"):
+    # Few words, for a small convolution's time is its bookkeeping.
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)) or not (
+        bias is None or isinstance(bias, Tensor)
+    ):
+        _refuse_non_tensors(input=input, weight=weight, bias=bias)
+    if type(groups) is not int and not hasattr(groups, "__index__"):
         raise TypeError(f"conv2d(): groups must be an int, got {groups!r}")
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     unbatched = input.dim() == 3
-    if not unbatched and input.dim() != 4:
+    if unbatched:
+        input = input.unsqueeze(0)
+    elif input.dim() != 4:
         raise RuntimeError(
             "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: "
             f"{list(input.shape)}"
         )
-    if unbatched:
-        input = input.unsqueeze(0)
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, stride, padding, dilation)
-    padding = _pair("padding", padding)
-    op = transforms.conv2d if transforms.active() else _ops.conv2d
+    else:
+        padding = _pair("padding", padding)
+    op = transforms.conv2d if transforms.active() else _conv2d
     output = op(input, weight, bias, stride, padding, dilation, groups, algorithm)
     return output.squeeze(0) if unbatched else output
+
+
+def _refuse_non_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and (name != "bias" or value is not None):
+            raise TypeError(f"conv2d(): {name} must be a Tensor, got {type(value).__name__}")
 
 
 def _pad_by_name(
@@ -87,7 +99,7 @@ def _pad_by_name(
         raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
     if any(s != 1 for s in stride):
         raise RuntimeError(
-            f"padding='same' is not supported for strided convolutions, got stride {stride}"
+            f"padding='same' is not supported for strided convolutions, got stride {list(stride)}"
         )
     total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
     if any(t % 2 for t in total):

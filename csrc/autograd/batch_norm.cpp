@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/differentiated.h"
 #include "autograd/find_op.h"
 #include "tensor_args.h"
 
@@ -171,6 +172,10 @@ struct BatchNormBackward : Function<BatchNormBackward> {
 Triple batch_norm_train_autograd(const Tensor& input, const optional<Tensor>& weight,
                                  const optional<Tensor>& bias, double eps) {
   check_kind("batch_norm_train", "input", input);
+  if (!any_differentiated(input, weight, bias)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return batch_norm_train(input, weight, bias, eps);
+  }
   const variable_list results = BatchNormTrain::apply(input, weight, bias, eps);
   return {results[0], results[1], results[2]};
 }
@@ -181,6 +186,10 @@ Tensor batch_norm_eval_autograd(const Tensor& input, const Tensor& mean, const T
   check_kind("batch_norm_eval", "input", input);
   check_kind("batch_norm_eval", "mean", mean);
   check_kind("batch_norm_eval", "var", var);
+  if (!any_differentiated(input, mean, var, weight, bias)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return batch_norm_eval(input, mean, var, weight, bias, eps);
+  }
   return BatchNormEval::apply(input, mean, var, weight, bias, eps);
 }
 
@@ -191,6 +200,10 @@ Triple batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& inp
   check_kind("batch_norm_backward", "input", input);
   check_kind("batch_norm_backward", "mean", mean);
   check_kind("batch_norm_backward", "var", var);
+  if (!any_differentiated(grad_output, input, mean, var, weight)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return batch_norm_backward(grad_output, input, mean, var, weight, eps, training);
+  }
   const variable_list results =
       BatchNormBackward::apply(grad_output, input, mean, var, weight, eps, training);
   return {results[0], results[1], results[2]};

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/differentiated.h"
 #include "autograd/find_op.h"
 #include "tensor_args.h"
 
@@ -46,18 +47,21 @@ Tensor conv2d_backward_bias(const Tensor& grad_output) {
 
 // The integers and the algorithm, which all three verbs share.
 struct Settings {
-  // One entry for all integers: the cost of a small convolution is that of its bookkeeping.
+  // One entry for all integers, and none for the usual algorithm: the cost of a small convolution
+  // is that of its bookkeeping.
   static void save(AutogradContext* ctx, IntArrayRef stride, IntArrayRef padding,
-                   IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
+                   IntArrayRef dilation, int64_t groups, std::string_view algorithm,
+                   bool has_bias = false) {
     std::vector<int64_t> all;
-    all.reserve(7);
+    all.reserve(8);
     for (const IntArrayRef pair : {stride, padding, dilation}) {
       // What has another length is refused by the kernel, which runs before any backward.
       all.insert(all.end(), pair.begin(), pair.end());
     }
     all.push_back(groups);
+    all.push_back(has_bias);
     ctx->saved_data["settings"] = std::move(all);
-    ctx->saved_data["algorithm"] = std::string(algorithm);
+    if (algorithm != "auto") ctx->saved_data["algorithm"] = std::string(algorithm);
   }
 
   explicit Settings(AutogradContext* ctx)
@@ -66,13 +70,17 @@ struct Settings {
         padding(all.data() + 2, 2),
         dilation(all.data() + 4, 2),
         groups(all[6]),
-        algorithm(ctx->saved_data["algorithm"].toStringRef()) {}
+        has_bias(all[7]) {
+    const auto named = ctx->saved_data.find("algorithm");
+    if (named != ctx->saved_data.end()) algorithm = named->second.toStringRef();
+  }
   Settings(const Settings&) = delete;  // the pairs point into `all`
 
   std::vector<int64_t> all;
   IntArrayRef stride, padding, dilation;
   int64_t groups;
-  std::string algorithm;
+  bool has_bias;
+  std::string algorithm = "auto";
 
   Tensor forward(const Tensor& input, const Tensor& weight) const {
     return conv2d(input, weight, std::nullopt, stride, padding, dilation, groups, algorithm);
@@ -95,8 +103,7 @@ struct Conv2d : Function<Conv2d> {
                         IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({input, weight});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    Settings::save(ctx, stride, padding, dilation, groups, algorithm);
+    Settings::save(ctx, stride, padding, dilation, groups, algorithm, bias.has_value());
     return conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm);
   }
 
@@ -104,17 +111,17 @@ struct Conv2d : Function<Conv2d> {
     const Settings settings(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[1];
+    // Once here, not in each of the three: a sum's gradient, say, is an expanded number.
+    const Tensor grad = grads[0].contiguous(common_memory_format({input, weight}));
     Tensor grad_input, grad_weight, grad_bias;
     if (ctx->needs_input_grad(0)) {
-      grad_input = settings.backward_input(grads[0], weight, input.sym_sizes());
+      grad_input = settings.backward_input(grad, weight, input.sym_sizes());
     }
     if (ctx->needs_input_grad(1)) {
-      grad_weight = settings.backward_weight(grads[0], input, weight.sym_sizes());
+      grad_weight = settings.backward_weight(grad, input, weight.sym_sizes());
     }
     // An absent bias has no index to ask about.
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
-      grad_bias = conv2d_backward_bias(grads[0]);
-    }
+    if (settings.has_bias && ctx->needs_input_grad(2)) grad_bias = conv2d_backward_bias(grad);
     return {grad_input, grad_weight, grad_bias, {}, {}, {}, {}, {}};
   }
 };
@@ -186,6 +193,10 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::opt
                        int64_t groups, std::string_view algorithm) {
   check_kind("conv2d", "input", input);
   check_kind("conv2d", "weight", weight);
+  if (!any_differentiated(input, weight, bias)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm);
+  }
   return Conv2d::apply(input, weight, bias, stride, padding, dilation, groups, algorithm);
 }
 
@@ -195,6 +206,11 @@ Tensor conv2d_backward_input_autograd(const Tensor& grad_output, const Tensor& w
                                       std::string_view algorithm) {
   check_kind("conv2d_backward_input", "grad_output", grad_output);
   check_kind("conv2d_backward_input", "weight", weight);
+  if (!any_differentiated(grad_output, weight)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return conv2d_backward_input(grad_output, weight, input_size, stride, padding, dilation, groups,
+                                 algorithm);
+  }
   return Conv2dBackwardInput::apply(grad_output, weight, input_size, stride, padding, dilation,
                                     groups, algorithm);
 }
@@ -205,12 +221,21 @@ Tensor conv2d_backward_weight_autograd(const Tensor& grad_output, const Tensor& 
                                        std::string_view algorithm) {
   check_kind("conv2d_backward_weight", "grad_output", grad_output);
   check_kind("conv2d_backward_weight", "input", input);
+  if (!any_differentiated(grad_output, input)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return conv2d_backward_weight(grad_output, input, weight_size, stride, padding, dilation,
+                                  groups, algorithm);
+  }
   return Conv2dBackwardWeight::apply(grad_output, input, weight_size, stride, padding, dilation,
                                      groups, algorithm);
 }
 
 Tensor conv2d_backward_bias_autograd(const Tensor& grad_output) {
   check_kind("conv2d_backward_bias", "grad_output", grad_output);
+  if (!any_differentiated(grad_output)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return conv2d_backward_bias(grad_output);
+  }
   return Conv2dBackwardBias::apply(grad_output);
 }
 
