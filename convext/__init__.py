@@ -11,6 +11,8 @@ check_build()
 from convext import _C, functional
 from convext import fake as fake  # registers shape functions
 from convext.algorithms import algorithms, build_info, last_algorithm
+from convext.conv_block import ConvBlock2d
+from convext.fusion import fold, fuse, to_fused, to_unfused, unfuse
 from convext.nn import BatchNorm2d, Conv2d, LazyBatchNorm2d, LazyConv2d
 from convext.replace import replace_layers, restore_layers
 
@@ -19,12 +21,18 @@ __version__ = _C.build_info()["convext"]
 __all__ = [
     "BatchNorm2d",
     "Conv2d",
+    "ConvBlock2d",
     "LazyBatchNorm2d",
     "LazyConv2d",
     "algorithms",
     "build_info",
+    "fold",
     "functional",
+    "fuse",
     "last_algorithm",
     "replace_layers",
     "restore_layers",
+    "to_fused",
+    "to_unfused",
+    "unfuse",
 ]

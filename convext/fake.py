@@ -50,9 +50,7 @@ def _check_conv2d_sizes(input_size: Sequence[int], weight_size: Sequence[int], g
     )
 
 
-@torch.library.register_fake("convext::conv2d")
-def _(input, weight, bias, stride, padding, dilation, groups, algorithm="auto"):
-    _check_devices(input, weight, bias)
+def _empty_conv2d(input, weight, stride, padding, dilation, groups) -> Tensor:
     _check_conv2d_sizes(input.shape, weight.shape, groups)
     spatial = [
         (i + 2 * p - d * (k - 1) - 1) // s + 1
@@ -62,6 +60,12 @@ def _(input, weight, bias, stride, padding, dilation, groups, algorithm="auto"):
     ]
     size = [input.shape[0], weight.shape[0], *spatial]
     return _empty(size, input, _common_memory_format(input, weight))
+
+
+@torch.library.register_fake("convext::conv2d")
+def _(input, weight, bias, stride, padding, dilation, groups, algorithm="auto"):
+    _check_devices(input, weight, bias)
+    return _empty_conv2d(input, weight, stride, padding, dilation, groups)
 
 
 @torch.library.register_fake("convext::conv2d_backward_input")
@@ -109,3 +113,61 @@ def _(grad_output, input, mean, var, weight, eps, training):
     dtype = _sum_dtype(input.dtype) if weight is None else weight.dtype
     grad_weight, grad_bias = (_empty([input.shape[1]], input, dtype=dtype) for _ in range(2))
     return grad_input, grad_weight, grad_bias
+
+
+@torch.library.register_fake("convext::conv_block_train")
+def _(
+    input,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    stride,
+    padding,
+    dilation,
+    groups,
+    eps,
+    order,
+    algorithm="auto",
+):
+    _check_devices(input, weight, bias, norm_weight, norm_bias)
+    output, activation = (
+        _empty_conv2d(input, weight, stride, padding, dilation, groups) for _ in range(2)
+    )
+    mean, var = (_empty([weight.shape[0]], input, dtype=_sum_dtype(input.dtype)) for _ in range(2))
+    return output, activation, mean, var
+
+
+@torch.library.register_fake("convext::conv_block_eval")
+def _(
+    input,
+    weight,
+    bias,
+    mean,
+    var,
+    norm_weight,
+    norm_bias,
+    stride,
+    padding,
+    dilation,
+    groups,
+    eps,
+    order,
+    keep_activation=False,
+    algorithm="auto",
+):
+    _check_devices(input, weight, bias, mean, var, norm_weight, norm_bias)
+    output = _empty_conv2d(input, weight, stride, padding, dilation, groups)
+    activation = torch.empty_like(output) if keep_activation else _empty([0], input)
+    return output, activation
+
+
+@torch.library.register_fake("convext::conv_block_backward")
+def _(grad_output, activation, mean, var, norm_weight, norm_bias, eps, training, order):
+    _check_devices(activation, grad_output, mean, var, norm_weight, norm_bias)
+    grad_conv = _empty(activation.shape, activation, suggest_memory_format(activation))
+    sums = (
+        _empty([activation.shape[1]], activation, dtype=_sum_dtype(activation.dtype))
+        for _ in range(3)
+    )
+    return grad_conv, *sums

@@ -4,6 +4,8 @@ Each normalises its arguments as PyTorch does and calls one op of `torch.ops.con
 what they are given (csrc/tensor_args.cpp).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,7 +13,10 @@ from torch.nn import functional as F
 from convext import transforms
 
 _ops = torch.ops.convext
-_conv2d = _ops.conv2d.default  # no overload to look for
+# The overloads themselves: there is no other to look for.
+_conv2d = _ops.conv2d.default
+_conv_block_train = _ops.conv_block_train.default
+_conv_block_eval = _ops.conv_block_eval.default
 
 
 def _pair(name: str, value: int | tuple[int, ...] | list[int]) -> tuple[int, ...] | list[int]:
@@ -58,7 +63,19 @@ def conv2d(
         TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
-    # Few words, for a small convolution's time is its bookkeeping.
+    input, stride, padding, dilation, unbatched = _conv2d_arguments(
+        input, weight, bias, stride, padding, dilation, groups
+    )
+    op = transforms.conv2d if transforms.active() else _conv2d
+    output = op(input, weight, bias, stride, padding, dilation, groups, algorithm)
+    return output.squeeze(0) if unbatched else output
+
+
+def _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups) -> tuple:
+    """(input, stride, padding, dilation) as the ops take them, and whether input had no N.
+
+    In few words, for a small convolution's time is its bookkeeping.
+    """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)) or not (
         bias is None or isinstance(bias, Tensor)
     ):
@@ -78,9 +95,7 @@ def conv2d(
         input, padding = _pad_by_name(input, weight, stride, padding, dilation)
     else:
         padding = _pair("padding", padding)
-    op = transforms.conv2d if transforms.active() else _conv2d
-    output = op(input, weight, bias, stride, padding, dilation, groups, algorithm)
-    return output.squeeze(0) if unbatched else output
+    return input, stride, padding, dilation, unbatched
 
 
 def _refuse_non_tensors(**arguments: object) -> None:
@@ -142,13 +157,30 @@ def batch_norm(
             fit.
     """
     if not training:
-        if running_mean is None or running_var is None:
-            raise RuntimeError(
-                "Expected running_mean and running_var to be defined when training=False, got "
-                f"running_mean={running_mean}, running_var={running_var}"
-            )
+        _check_running_statistics(running_mean, running_var)
         return _ops.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
     output, mean, var = _ops.batch_norm_train(input, weight, bias, eps)
+    _update_running_statistics(running_mean, running_var, mean, var, output, momentum)
+    return output
+
+
+def _check_running_statistics(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    if running_mean is None or running_var is None:
+        raise RuntimeError(
+            "Expected running_mean and running_var to be defined when training=False, got "
+            f"running_mean={running_mean}, running_var={running_var}"
+        )
+
+
+def _update_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    normalized: Tensor,
+    momentum: float,
+) -> None:
+    """Takes a batch's mean and biased variance into the running statistics, in place."""
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running is not None and running.shape != mean.shape:
             raise RuntimeError(
@@ -156,12 +188,104 @@ def batch_norm(
                 f"got size {list(running.shape)}"
             )
     # Of an empty batch there is nothing to learn.
-    if input.numel() > 0 and (running_mean is not None or running_var is not None):
-        count = input.numel() // input.size(1)
-        with torch.no_grad():
-            if running_mean is not None:
-                running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            if running_var is not None:
-                unbiased = momentum * count / (count - 1)
-                running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
-    return output
+    if normalized.numel() == 0 or (running_mean is None and running_var is None):
+        return
+    count = normalized.numel() // normalized.size(1)
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running_var is not None:
+            unbiased = momentum * count / (count - 1)
+            running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
+
+
+def conv_block(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    order: str = "conv-relu-norm",
+    algorithm: str = "auto",
+) -> Tensor:
+    """`conv2d`, ReLU and `batch_norm` as one operation with one node of the autograd graph.
+
+    Equal to the three called one after another, within rounding. In training the convolution sums
+    the statistics up while its results are in cache; in evaluation without gradients all is one
+    pass. The backward pass of norm and ReLU is one, and gives the gradient of `bias` as well.
+    Under torch.func and forward-mode differentiation, which know no fused node, it is the three.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups, algorithm: as in `conv2d`.
+        running_mean, running_var, training, momentum, eps: as in `batch_norm`.
+        norm_weight, norm_bias: (out_channels), batch norm's weight and bias.
+        order: "conv-relu-norm" (as in the fastai book) or "conv-norm-relu" (Ioffe and Szegedy,
+            2015).
+
+    Returns:
+        (N, out_channels, out_H, out_W), or without N where input has none.
+
+    Raises:
+        ValueError: an unknown order, and what `batch_norm` raises it for.
+        RuntimeError, TypeError: as `conv2d` and `batch_norm`.
+    """
+    if transforms.active():
+        return conv_block_in_parts(
+            conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm=algorithm),
+            order,
+            lambda x: batch_norm(
+                x, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps
+            ),
+        )
+    input, stride, padding, dilation, unbatched = _conv2d_arguments(
+        input, weight, bias, stride, padding, dilation, groups
+    )
+    settings = (stride, padding, dilation, groups, eps, order)
+    if training:
+        output, _, mean, var = _conv_block_train(
+            input, weight, bias, norm_weight, norm_bias, *settings, algorithm
+        )
+        _update_running_statistics(running_mean, running_var, mean, var, output, momentum)
+    else:
+        _check_running_statistics(running_mean, running_var)
+        output, _ = _conv_block_eval(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            norm_weight,
+            norm_bias,
+            *settings,
+            False,  # autograd keeps the activation where it needs it
+            algorithm,
+        )
+    return output.squeeze(0) if unbatched else output
+
+
+def conv_block_in_parts(
+    convolved: Tensor, order: str, normalize: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A block from its convolution's result on, in separate operations."""
+    unbatched = convolved.dim() == 3
+    if unbatched:
+        convolved = convolved.unsqueeze(0)
+    if order == "conv-relu-norm":
+        output = normalize(F.relu(convolved))
+    elif order == "conv-norm-relu":
+        output = F.relu(normalize(convolved))
+    else:
+        raise ValueError(
+            f'conv_block(): order must be "conv-relu-norm" or "conv-norm-relu", got {order!r}'
+        )
+    return output.squeeze(0) if unbatched else output

@@ -58,10 +58,7 @@ class Conv2d(nn.Conv2d):
         self.algorithm = algorithm
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+        input, padding = self._pad(input)
         return functional.conv2d(
             input,
             weight,
@@ -72,6 +69,12 @@ class Conv2d(nn.Conv2d):
             self.groups,
             algorithm=self.algorithm,
         )
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, int] | str]:
+        """The input, padded where zeros won't do, and the padding that is left for the op."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
 
     def extra_repr(self) -> str:
         named = "" if self.algorithm == "auto" else f", algorithm={self.algorithm!r}"
@@ -90,16 +93,27 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        keeps_statistics = self.track_running_stats or not self.training
+        running_mean, running_var, training, momentum = self._statistics()
         return functional.batch_norm(
             input,
-            self.running_mean if keeps_statistics else None,
-            self.running_var if keeps_statistics else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            self._count_batch(),
+            training,
+            momentum,
             self.eps,
+        )
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, bool, float]:
+        """Count a batch; return (running_mean, running_var, training, momentum) for it."""
+        keeps = self.track_running_stats or not self.training
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        return (
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            training,
+            self._count_batch(),
         )
 
     def _count_batch(self) -> float:

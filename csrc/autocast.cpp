@@ -1,26 +1,18 @@
 // torch.autocast: the convolution runs in the lower precision, as PyTorch's does. Its gradients
-// come in the dtypes that were cast from, since the casts are differentiated too. Batch norm is
-// left as it comes: it takes 16-bit inputs beside float32 parameters, and sums in float32 anyway.
+// come in the dtypes that were cast from, since the casts are differentiated too. Batch norm, a
+// block's too, is left as it comes: it takes 16-bit inputs beside float32 parameters, and sums in
+// float32 anyway.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "autograd/find_op.h"
+#include "autograd/ops.h"
 
 namespace convext {
 namespace {
 
-using at::Tensor;
-
-Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-              int64_t groups, std::string_view algorithm) {
-  static const auto op = find_op<decltype(conv2d)>("convext::conv2d");
-  return op.call(input, weight, bias, stride, padding, dilation, groups, algorithm);
-}
-
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
-Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                        int64_t groups, std::string_view algorithm) {
   const c10::impl::ExcludeDispatchKeyGuard below(kKey);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
@@ -29,13 +21,46 @@ Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::opt
                 algorithm);
 }
 
+template <c10::DeviceType kDevice, c10::DispatchKey kKey>
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train_autocast(
+    const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+    const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, double eps, std::string_view order,
+    std::string_view algorithm) {
+  const c10::impl::ExcludeDispatchKeyGuard below(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
+  return conv_block_train(cast(input), cast(weight), cast(bias), norm_weight, norm_bias, stride,
+                          padding, dilation, groups, eps, order, algorithm);
+}
+
+template <c10::DeviceType kDevice, c10::DispatchKey kKey>
+std::tuple<Tensor, Tensor> conv_block_eval_autocast(
+    const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const Tensor& mean,
+    const Tensor& var, const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, double eps,
+    std::string_view order, bool keep_activation, std::string_view algorithm) {
+  const c10::impl::ExcludeDispatchKeyGuard below(kKey);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
+  return conv_block_eval(cast(input), cast(weight), cast(bias), mean, var, norm_weight, norm_bias,
+                         stride, padding, dilation, groups, eps, order, keep_activation, algorithm);
+}
+
+template <c10::DeviceType kDevice, c10::DispatchKey kKey>
+void register_ops(torch::Library& m) {
+  m.impl("conv2d", &conv2d_autocast<kDevice, kKey>);
+  m.impl("conv_block_train", &conv_block_train_autocast<kDevice, kKey>);
+  m.impl("conv_block_eval", &conv_block_eval_autocast<kDevice, kKey>);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(convext, AutocastCPU, m) {
-  m.impl("conv2d", &conv2d_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  register_ops<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
 }
 TORCH_LIBRARY_IMPL(convext, AutocastCUDA, m) {
-  m.impl("conv2d", &conv2d_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  register_ops<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
 }
 
 }  // namespace convext

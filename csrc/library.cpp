@@ -25,4 +25,19 @@ TORCH_LIBRARY(convext, m) {
   def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
       "Tensor? weight, float eps, bool training) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  // Convolution, ReLU and batch norm as one, order being "conv-relu-norm" or "conv-norm-relu".
+  // activation, the norm's or the ReLU's input, is what the backward pass needs; eval gives an
+  // empty one where it is not to be kept. conv_block_backward goes back to the convolution.
+  def("conv_block_train(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, "
+      "Tensor? norm_bias, int[2] stride, int[2] padding, int[2] dilation, int groups, float eps, "
+      "str order, str algorithm=\"auto\") "
+      "-> (Tensor output, Tensor activation, Tensor mean, Tensor var)");
+  def("conv_block_eval(Tensor input, Tensor weight, Tensor? bias, Tensor mean, Tensor var, "
+      "Tensor? norm_weight, Tensor? norm_bias, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, float eps, str order, bool keep_activation=False, str algorithm=\"auto\") "
+      "-> (Tensor output, Tensor activation)");
+  def("conv_block_backward(Tensor grad_output, Tensor activation, Tensor mean, Tensor var, "
+      "Tensor? norm_weight, Tensor? norm_bias, float eps, bool training, str order) "
+      "-> (Tensor grad_conv, Tensor grad_bias, Tensor grad_norm_weight, Tensor grad_norm_bias)");
 }

@@ -118,7 +118,7 @@ void check_grad_output(const char* op, const at::Tensor& grad_output, const Conv
 
 // A value for each channel: of input's dtype, or float32 beside a 16-bit input.
 void check_channel_values(const char* op, const char* name, const at::Tensor& values,
-                          const at::Tensor& input) {
+                          const at::Tensor& input, int64_t channels) {
   check_tensor(op, name, values);
   check_device(op, name, values, "input", input);
   const at::ScalarType type = values.scalar_type(), input_type = input.scalar_type();
@@ -126,7 +126,6 @@ void check_channel_values(const char* op, const char* name, const at::Tensor& va
   TORCH_CHECK(type == input_type || (half && type == at::kFloat), op, "(): ", name, " type (", type,
               ") should be the input type (", input_type, ")",
               half ? " or that of its sums (Float)" : "");
-  const int64_t channels = input.size(1);
   TORCH_CHECK(values.numel() == channels, op, "(): ", name, " should contain ", channels,
               " elements not ", values.numel());
   TORCH_CHECK(values.dim() == 1, op, "(): ", name, " should have size [", channels, "], got ",
@@ -140,23 +139,38 @@ void check_channel_pair(const char* op, const char* name, const at::Tensor& valu
               ") should be the same");
 }
 
-// All arguments but grad_output, whichever an op has.
-BatchNormProblem check_batch_norm(const char* op, const at::Tensor& input, const at::Tensor* mean,
-                                  const at::Tensor* var, const std::optional<at::Tensor>& weight,
-                                  const std::optional<at::Tensor>& bias, double eps,
-                                  bool training) {
+// What a batch norm has for each channel, whichever an op has, under the names that it has there.
+struct NormArguments {
+  const at::Tensor *mean, *var;
+  const std::optional<at::Tensor>&weight, &bias;
+  double eps;
+  bool training;
+  const char* weight_name = "weight";
+  const char* bias_name = "bias";
+};
+
+void check_norm_arguments(const char* op, const NormArguments& norm, const at::Tensor& input,
+                          int64_t channels) {
+  if (norm.mean) {
+    check_channel_values(op, "mean", *norm.mean, input, channels);
+    check_channel_values(op, "var", *norm.var, input, channels);
+    check_channel_pair(op, "var", *norm.var, "mean", *norm.mean);
+  }
+  if (norm.weight) check_channel_values(op, norm.weight_name, *norm.weight, input, channels);
+  if (norm.bias) check_channel_values(op, norm.bias_name, *norm.bias, input, channels);
+  if (norm.weight && norm.bias) {
+    check_channel_pair(op, norm.bias_name, *norm.bias, norm.weight_name, *norm.weight);
+  }
+  TORCH_CHECK_VALUE(norm.training ? norm.eps > 0 : norm.eps >= 0, op, "(): eps must be ",
+                    norm.training ? "positive during training" : "non-negative", ", but got ",
+                    norm.eps);
+}
+
+BatchNormProblem check_batch_norm(const char* op, const at::Tensor& input,
+                                  const NormArguments& norm) {
   check_tensor(op, "input", input);
   TORCH_CHECK(input.dim() >= 2, op, "(): expected input of size (N, C, *), got ", input.sizes());
-  if (mean) {
-    check_channel_values(op, "mean", *mean, input);
-    check_channel_values(op, "var", *var, input);
-    check_channel_pair(op, "var", *var, "mean", *mean);
-  }
-  if (weight) check_channel_values(op, "weight", *weight, input);
-  if (bias) check_channel_values(op, "bias", *bias, input);
-  if (weight && bias) check_channel_pair(op, "bias", *bias, "weight", *weight);
-  TORCH_CHECK_VALUE(training ? eps > 0 : eps >= 0, op, "(): eps must be ",
-                    training ? "positive during training" : "non-negative", ", but got ", eps);
+  check_norm_arguments(op, norm, input, input.size(1));
   BatchNormProblem problem{input.size(0), input.size(1), 1};
   for (int64_t d = 2; d < input.dim(); ++d) {
     problem.pixels = checked_mul(op, "the number of pixels", problem.pixels, input.size(d));
@@ -165,6 +179,53 @@ BatchNormProblem check_batch_norm(const char* op, const at::Tensor& input, const
   checked_mul(op, "the number of elements",
               checked_mul(op, "the number of elements", problem.batch, problem.pixels),
               problem.channels);
+  return problem;
+}
+
+// A variance takes two values.
+void check_value_count(const char* op, const BatchNormProblem& problem, at::IntArrayRef size) {
+  TORCH_CHECK_VALUE(problem.count() != 1, op,
+                    "(): Expected more than 1 value per channel when training, got input size ",
+                    size);
+}
+
+void check_conv2d_bias(const char* op, const std::optional<at::Tensor>& bias,
+                       const at::Tensor& input, const at::Tensor& weight) {
+  if (!bias) return;
+  check_tensor_like(op, "bias", *bias, "input", input);
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), op, "(): Given weight of size ",
+              weight.sizes(), ", expected bias to be 1-dimensional with ", weight.size(0),
+              " elements, but got bias of size ", bias->sizes(), " instead");
+}
+
+Conv2dProblem check_forward(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, const Conv2dSettings& settings) {
+  check_tensor(op, "input", input);
+  check_tensor_like(op, "weight", weight, "input", input);
+  const Conv2dProblem problem = make_problem(op, input.sizes(), weight.sizes(), settings);
+  check_conv2d_bias(op, bias, input, weight);
+  return problem;
+}
+
+Relu check_order(const char* op, std::string_view order) {
+  if (order == "conv-relu-norm") return Relu::before_norm;
+  TORCH_CHECK_VALUE(order == "conv-norm-relu", op,
+                    "(): order must be \"conv-relu-norm\" or \"conv-norm-relu\", got \"", order,
+                    "\"");
+  return Relu::after_norm;
+}
+
+ConvBlockProblem check_conv_block(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                                  const std::optional<at::Tensor>& bias,
+                                  const Conv2dSettings& settings, const NormArguments& norm,
+                                  std::string_view order) {
+  const Relu relu = check_order(op, order);
+  const ConvBlockProblem problem{check_forward(op, input, weight, bias, settings), relu};
+  check_norm_arguments(op, norm, input, problem.conv.out_channels);
+  const Conv2dProblem& p = problem.conv;
+  if (norm.training) {
+    check_value_count(op, problem.norm(), {p.batch, p.out_channels, p.out_height(), p.out_width()});
+  }
   return problem;
 }
 
@@ -237,18 +298,7 @@ Layout layout_of(at::MemoryFormat format) {
 
 Conv2dProblem check_conv2d(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const Conv2dSettings& settings) {
-  const char* op = "conv2d";
-  check_tensor(op, "input", input);
-  check_tensor_like(op, "weight", weight, "input", input);
-  const Conv2dProblem problem = make_problem(op, input.sizes(), weight.sizes(), settings);
-  if (bias) {
-    check_tensor_like(op, "bias", *bias, "input", input);
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == problem.out_channels, op,
-                "(): Given weight of size ", weight.sizes(),
-                ", expected bias to be 1-dimensional with ", problem.out_channels,
-                " elements, but got bias of size ", bias->sizes(), " instead");
-  }
-  return problem;
+  return check_forward("conv2d", input, weight, bias, settings);
 }
 
 Conv2dProblem check_conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor& weight,
@@ -285,10 +335,8 @@ BatchNormProblem check_batch_norm_train(const at::Tensor& input,
                                         const std::optional<at::Tensor>& bias, double eps) {
   const char* op = "batch_norm_train";
   const BatchNormProblem problem =
-      check_batch_norm(op, input, nullptr, nullptr, weight, bias, eps, true);
-  TORCH_CHECK_VALUE(problem.count() != 1, op,
-                    "(): Expected more than 1 value per channel when training, got input size ",
-                    input.sizes());
+      check_batch_norm(op, input, {nullptr, nullptr, weight, bias, eps, true});
+  check_value_count(op, problem, input.sizes());
   return problem;
 }
 
@@ -296,7 +344,7 @@ BatchNormProblem check_batch_norm_eval(const at::Tensor& input, const at::Tensor
                                        const at::Tensor& var,
                                        const std::optional<at::Tensor>& weight,
                                        const std::optional<at::Tensor>& bias, double eps) {
-  return check_batch_norm("batch_norm_eval", input, &mean, &var, weight, bias, eps, false);
+  return check_batch_norm("batch_norm_eval", input, {&mean, &var, weight, bias, eps, false});
 }
 
 BatchNormProblem check_batch_norm_backward(const at::Tensor& grad_output, const at::Tensor& input,
@@ -305,10 +353,54 @@ BatchNormProblem check_batch_norm_backward(const at::Tensor& grad_output, const 
                                            bool training) {
   const char* op = "batch_norm_backward";
   const BatchNormProblem problem =
-      check_batch_norm(op, input, &mean, &var, weight, std::nullopt, eps, training);
+      check_batch_norm(op, input, {&mean, &var, weight, std::nullopt, eps, training});
   check_tensor_like(op, "grad_output", grad_output, "input", input);
   TORCH_CHECK(grad_output.sizes() == input.sizes(), op, "(): expected grad_output of input's size ",
               input.sizes(), ", got ", grad_output.sizes());
+  return problem;
+}
+
+ConvBlockProblem check_conv_block_train(const at::Tensor& input, const at::Tensor& weight,
+                                        const std::optional<at::Tensor>& bias,
+                                        const std::optional<at::Tensor>& norm_weight,
+                                        const std::optional<at::Tensor>& norm_bias,
+                                        const Conv2dSettings& settings, double eps,
+                                        std::string_view order) {
+  return check_conv_block(
+      "conv_block_train", input, weight, bias, settings,
+      {nullptr, nullptr, norm_weight, norm_bias, eps, true, "norm_weight", "norm_bias"}, order);
+}
+
+ConvBlockProblem check_conv_block_eval(const at::Tensor& input, const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& bias,
+                                       const at::Tensor& mean, const at::Tensor& var,
+                                       const std::optional<at::Tensor>& norm_weight,
+                                       const std::optional<at::Tensor>& norm_bias,
+                                       const Conv2dSettings& settings, double eps,
+                                       std::string_view order) {
+  return check_conv_block(
+      "conv_block_eval", input, weight, bias, settings,
+      {&mean, &var, norm_weight, norm_bias, eps, false, "norm_weight", "norm_bias"}, order);
+}
+
+BatchNormProblem check_conv_block_backward(const at::Tensor& grad_output,
+                                           const at::Tensor& activation, const at::Tensor& mean,
+                                           const at::Tensor& var,
+                                           const std::optional<at::Tensor>& norm_weight,
+                                           const std::optional<at::Tensor>& norm_bias, double eps,
+                                           bool training, std::string_view order, Relu* relu) {
+  const char* op = "conv_block_backward";
+  *relu = check_order(op, order);
+  check_tensor(op, "activation", activation);
+  TORCH_CHECK(activation.dim() == 4, op, "(): Expected 4D activation of size (N, C, H, W), got ",
+              activation.sizes());
+  const BatchNormProblem problem = check_batch_norm(
+      op, activation,
+      {&mean, &var, norm_weight, norm_bias, eps, training, "norm_weight", "norm_bias"});
+  check_tensor_like(op, "grad_output", grad_output, "activation", activation);
+  TORCH_CHECK(grad_output.sizes() == activation.sizes(), op,
+              "(): expected grad_output of activation's size ", activation.sizes(), ", got ",
+              grad_output.sizes());
   return problem;
 }
 

@@ -8,9 +8,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "common/batch_norm_problem.h"
 #include "common/conv2d_problem.h"
+#include "common/conv_block_problem.h"
 #include "common/types.h"
 
 namespace convext {
@@ -59,5 +61,26 @@ BatchNormProblem check_batch_norm_backward(const at::Tensor& grad_output, const 
                                            const at::Tensor& mean, const at::Tensor& var,
                                            const std::optional<at::Tensor>& weight, double eps,
                                            bool training);
+
+// `order` is "conv-relu-norm" or "conv-norm-relu".
+ConvBlockProblem check_conv_block_train(const at::Tensor& input, const at::Tensor& weight,
+                                        const std::optional<at::Tensor>& bias,
+                                        const std::optional<at::Tensor>& norm_weight,
+                                        const std::optional<at::Tensor>& norm_bias,
+                                        const Conv2dSettings& settings, double eps,
+                                        std::string_view order);
+ConvBlockProblem check_conv_block_eval(const at::Tensor& input, const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& bias,
+                                       const at::Tensor& mean, const at::Tensor& var,
+                                       const std::optional<at::Tensor>& norm_weight,
+                                       const std::optional<at::Tensor>& norm_bias,
+                                       const Conv2dSettings& settings, double eps,
+                                       std::string_view order);
+BatchNormProblem check_conv_block_backward(const at::Tensor& grad_output,
+                                           const at::Tensor& activation, const at::Tensor& mean,
+                                           const at::Tensor& var,
+                                           const std::optional<at::Tensor>& norm_weight,
+                                           const std::optional<at::Tensor>& norm_bias, double eps,
+                                           bool training, std::string_view order, Relu* relu);
 
 }  // namespace convext

@@ -5,6 +5,7 @@ sees to it that no kernel in the build goes untested where the instructions are 
 """
 
 import ctypes
+import itertools
 import platform
 import subprocess
 from pathlib import Path
@@ -120,10 +121,24 @@ def test_harness_computes_the_convolution(kernels):
 BATCH_NORMS = ("train", "eval", "backward of train", "backward of eval", "sum of a bias")
 
 
+RELUS = ("none", "before the norm", "after the norm")  # as Relu counts them
+
+
+def pointers(tensors) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(t if t is None else t.data_ptr() for t in tensors))
+
+
 @pytest.mark.parametrize("layout", [0, 1], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("what", BATCH_NORMS)
-def test_batch_norm_has_the_same_bits_as_avx2(kernels, what, dtype, layout):
+@pytest.mark.parametrize(
+    ("what", "relu"),
+    [
+        *((what, "none") for what in BATCH_NORMS),
+        ("eval", "after the norm"),
+        *((what, relu) for what in BATCH_NORMS[2:4] for relu in RELUS[1:]),
+    ],
+)
+def test_batch_norm_has_the_same_bits_as_avx2(kernels, what, relu, dtype, layout):
     """Columns of the layout's matrix are lanes, so here too no sum crosses lanes."""
     for sizes in [(2, 3, 5), (33, 1, 49), (7, 8, 196), (64, 17, 4), (5, 70, 1), (300, 33, 2)]:
         count, channels = sizes[0] * sizes[1] * sizes[2], sizes[1]
@@ -132,20 +147,55 @@ def test_batch_norm_has_the_same_bits_as_avx2(kernels, what, dtype, layout):
         given += [torch.rand(channels).to(sum_dtype) + 0.5 for _ in range(4)]  # weight ... var
         results = []
         for isa in ("avx512", "avx2"):
-            outputs = [torch.zeros(count, dtype=dtype)]  # output, grad_weight, grad_bias
-            outputs += [torch.zeros(channels, dtype=sum_dtype) for _ in range(2)]
+            outputs = [torch.zeros(count, dtype=dtype)]  # then grad_weight, grad_bias, the sum
+            outputs += [torch.zeros(channels, dtype=sum_dtype) for _ in range(3)]
             arrays = [tensor.clone() for tensor in given] + outputs
-            pointers = (ctypes.c_void_p * 9)(*(tensor.data_ptr() for tensor in arrays))
             failed = kernels.convext_batch_norm(
                 isa.encode(),
                 BATCH_NORMS.index(what),
+                RELUS.index(relu),
                 DTYPES.index(dtype),
                 layout,
                 (ctypes.c_int64 * 3)(*sizes),
-                pointers,
+                pointers(arrays),
             )
             assert not failed
             results.append(arrays)
         for ours, avx2 in zip(*results, strict=True):
             assert torch.equal(ours, avx2), sizes
         assert any(output.count_nonzero() for output in results[0][6:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("what", ["train", "eval", "eval that keeps the activation"])
+def test_block_has_the_same_bits_as_avx2(kernels, what, dtype, layout):
+    computed = 0
+    for problem, relu in itertools.product(PROBLEMS, (1, 2)):
+        data = operands(problem, dtype)
+        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        given = [data[name] for name in ("input", "weight", "bias")]
+        given += [torch.rand(problem.O).to(sum_dtype) + 0.5 for _ in range(4)]
+        given = [t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in given]
+        p = problem
+        sizes = (p.N, p.C, p.H, p.W, p.O, *p.kernel, *p.stride, *p.padding, *p.dilation, p.groups)
+        results = []
+        for isa in ("avx512", "avx2"):
+            arrays = [tensor.clone(memory_format=torch.preserve_format) for tensor in given]
+            output = torch.zeros(p.output_size, dtype=dtype)
+            activation = None if what == "eval" else torch.zeros_like(output)
+            failed = kernels.convext_conv_block(
+                isa.encode(),
+                what == "train",
+                relu,
+                DTYPES.index(dtype),
+                LAYOUTS.index(layout),
+                (ctypes.c_int64 * len(sizes))(*sizes),
+                pointers([*arrays, activation, output]),
+            )
+            assert not failed
+            results.append([*arrays, output, output if activation is None else activation])
+        for ours, avx2 in zip(*results, strict=True):
+            assert torch.equal(ours, avx2), f"{problem}, {relu}"
+        computed += output.count_nonzero().item()
+    assert computed > 1000

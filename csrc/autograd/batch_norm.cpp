@@ -7,42 +7,15 @@
 #include <torch/library.h>
 
 #include "autograd/differentiated.h"
-#include "autograd/find_op.h"
+#include "autograd/ops.h"
 #include "tensor_args.h"
 
 namespace convext {
 namespace {
 
-using at::Tensor;
-using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-using Triple = std::tuple<Tensor, Tensor, Tensor>;
-
-Triple batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
-                        const optional<Tensor>& bias, double eps) {
-  static const auto op = find_op<decltype(batch_norm_train)>("convext::batch_norm_train");
-  return op.call(input, weight, bias, eps);
-}
-
-Tensor batch_norm_eval(const Tensor& input, const Tensor& mean, const Tensor& var,
-                       const optional<Tensor>& weight, const optional<Tensor>& bias, double eps) {
-  static const auto op = find_op<decltype(batch_norm_eval)>("convext::batch_norm_eval");
-  return op.call(input, mean, var, weight, bias, eps);
-}
-
-Triple batch_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
-                           const Tensor& var, const optional<Tensor>& weight, double eps,
-                           bool training) {
-  static const auto op = find_op<decltype(batch_norm_backward)>("convext::batch_norm_backward");
-  return op.call(grad_output, input, mean, var, weight, eps, training);
-}
-
-optional<Tensor> if_defined(const Tensor& tensor) {
-  return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt;
-}
 
 // What the backward of train and of eval share. `parameter` is the index of weight, or of bias
 // where weight is absent: absent tensors are not counted.
@@ -169,8 +142,10 @@ struct BatchNormBackward : Function<BatchNormBackward> {
   }
 };
 
-Triple batch_norm_train_autograd(const Tensor& input, const optional<Tensor>& weight,
-                                 const optional<Tensor>& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train_autograd(const Tensor& input,
+                                                             const optional<Tensor>& weight,
+                                                             const optional<Tensor>& bias,
+                                                             double eps) {
   check_kind("batch_norm_train", "input", input);
   if (!any_differentiated(input, weight, bias)) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -193,9 +168,9 @@ Tensor batch_norm_eval_autograd(const Tensor& input, const Tensor& mean, const T
   return BatchNormEval::apply(input, mean, var, weight, bias, eps);
 }
 
-Triple batch_norm_backward_autograd(const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& mean, const Tensor& var,
-                                    const optional<Tensor>& weight, double eps, bool training) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_autograd(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const optional<Tensor>& weight, double eps, bool training) {
   check_kind("batch_norm_backward", "grad_output", grad_output);
   check_kind("batch_norm_backward", "input", input);
   check_kind("batch_norm_backward", "mean", mean);

@@ -1,101 +1,19 @@
 // Autograd of the convolutions. Each verb is bilinear and its derivatives are the other two verbs,
 // called through the dispatcher with autograd on: gradients of any order need no further kernel.
 #include <ATen/Functions.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/conv2d_saved.h"
 #include "autograd/differentiated.h"
-#include "autograd/find_op.h"
+#include "autograd/ops.h"
 #include "tensor_args.h"
 
 namespace convext {
 namespace {
 
-using at::IntArrayRef;
-using at::Tensor;
-using c10::SymIntArrayRef;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-              std::string_view algorithm) {
-  static const auto op = find_op<decltype(conv2d)>("convext::conv2d");
-  return op.call(input, weight, bias, stride, padding, dilation, groups, algorithm);
-}
-
-Tensor conv2d_backward_input(const Tensor& grad_output, const Tensor& weight,
-                             SymIntArrayRef input_size, IntArrayRef stride, IntArrayRef padding,
-                             IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
-  static const auto op = find_op<decltype(conv2d_backward_input)>("convext::conv2d_backward_input");
-  return op.call(grad_output, weight, input_size, stride, padding, dilation, groups, algorithm);
-}
-
-Tensor conv2d_backward_weight(const Tensor& grad_output, const Tensor& input,
-                              SymIntArrayRef weight_size, IntArrayRef stride, IntArrayRef padding,
-                              IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
-  static const auto op =
-      find_op<decltype(conv2d_backward_weight)>("convext::conv2d_backward_weight");
-  return op.call(grad_output, input, weight_size, stride, padding, dilation, groups, algorithm);
-}
-
-Tensor conv2d_backward_bias(const Tensor& grad_output) {
-  static const auto op = find_op<decltype(conv2d_backward_bias)>("convext::conv2d_backward_bias");
-  return op.call(grad_output);
-}
-
-// The integers and the algorithm, which all three verbs share.
-struct Settings {
-  // One entry for all integers, and none for the usual algorithm: the cost of a small convolution
-  // is that of its bookkeeping.
-  static void save(AutogradContext* ctx, IntArrayRef stride, IntArrayRef padding,
-                   IntArrayRef dilation, int64_t groups, std::string_view algorithm,
-                   bool has_bias = false) {
-    std::vector<int64_t> all;
-    all.reserve(8);
-    for (const IntArrayRef pair : {stride, padding, dilation}) {
-      // What has another length is refused by the kernel, which runs before any backward.
-      all.insert(all.end(), pair.begin(), pair.end());
-    }
-    all.push_back(groups);
-    all.push_back(has_bias);
-    ctx->saved_data["settings"] = std::move(all);
-    if (algorithm != "auto") ctx->saved_data["algorithm"] = std::string(algorithm);
-  }
-
-  explicit Settings(AutogradContext* ctx)
-      : all(ctx->saved_data["settings"].toIntVector()),
-        stride(all.data(), 2),
-        padding(all.data() + 2, 2),
-        dilation(all.data() + 4, 2),
-        groups(all[6]),
-        has_bias(all[7]) {
-    const auto named = ctx->saved_data.find("algorithm");
-    if (named != ctx->saved_data.end()) algorithm = named->second.toStringRef();
-  }
-  Settings(const Settings&) = delete;  // the pairs point into `all`
-
-  std::vector<int64_t> all;
-  IntArrayRef stride, padding, dilation;
-  int64_t groups;
-  bool has_bias;
-  std::string algorithm = "auto";
-
-  Tensor forward(const Tensor& input, const Tensor& weight) const {
-    return conv2d(input, weight, std::nullopt, stride, padding, dilation, groups, algorithm);
-  }
-  Tensor backward_input(const Tensor& grad_output, const Tensor& weight,
-                        SymIntArrayRef size) const {
-    return conv2d_backward_input(grad_output, weight, size, stride, padding, dilation, groups,
-                                 algorithm);
-  }
-  Tensor backward_weight(const Tensor& grad_output, const Tensor& input,
-                         SymIntArrayRef size) const {
-    return conv2d_backward_weight(grad_output, input, size, stride, padding, dilation, groups,
-                                  algorithm);
-  }
-};
 
 struct Conv2d : Function<Conv2d> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
@@ -103,12 +21,12 @@ struct Conv2d : Function<Conv2d> {
                         IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({input, weight});
-    Settings::save(ctx, stride, padding, dilation, groups, algorithm, bias.has_value());
+    Conv2dSaved::save(ctx, stride, padding, dilation, groups, algorithm, bias.has_value());
     return conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Settings settings(ctx);
+    const Conv2dSaved settings(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[1];
     // Once here, not in each of the three: a sum's gradient, say, is an expanded number.
@@ -132,13 +50,13 @@ struct Conv2dBackwardInput : Function<Conv2dBackwardInput> {
                         IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({grad_output, weight});
-    Settings::save(ctx, stride, padding, dilation, groups, algorithm);
+    Conv2dSaved::save(ctx, stride, padding, dilation, groups, algorithm);
     return conv2d_backward_input(grad_output, weight, input_size, stride, padding, dilation, groups,
                                  algorithm);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Settings settings(ctx);
+    const Conv2dSaved settings(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad_output = saved[0], &weight = saved[1];
     Tensor grad_grad_output, grad_weight;
@@ -156,13 +74,13 @@ struct Conv2dBackwardWeight : Function<Conv2dBackwardWeight> {
                         IntArrayRef dilation, int64_t groups, std::string_view algorithm) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({grad_output, input});
-    Settings::save(ctx, stride, padding, dilation, groups, algorithm);
+    Conv2dSaved::save(ctx, stride, padding, dilation, groups, algorithm);
     return conv2d_backward_weight(grad_output, input, weight_size, stride, padding, dilation,
                                   groups, algorithm);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Settings settings(ctx);
+    const Conv2dSaved settings(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad_output = saved[0], &input = saved[1];
     Tensor grad_grad_output, grad_input;

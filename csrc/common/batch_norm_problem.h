@@ -6,6 +6,9 @@
 
 namespace convext {
 
+// Where a ReLU stands that is computed together with a batch norm.
+enum class Relu { none, before_norm, after_norm };
+
 struct BatchNormProblem {
   int64_t batch, channels, pixels;
 

@@ -14,23 +14,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// The dtype in which kernels add up, and take and give what there is one of for each channel.
-at::ScalarType sum_type(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor channel_values(const optional<Tensor>& values, at::ScalarType type) {
-  return values ? values->to(type).contiguous() : Tensor();
-}
-
-Tensor empty_channels(const Tensor& like, int64_t channels) {
-  return at::empty({channels}, like.options().dtype(sum_type(like)));
-}
-
-const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
 BatchNormCall describe(const BatchNormProblem& problem, const Tensor& like,
                        at::MemoryFormat format) {
   BatchNormCall call{};

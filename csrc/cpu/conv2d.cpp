@@ -1,9 +1,10 @@
 // The convolutions on the CPU: check, allocate, describe, call, return.
+#include "cpu/conv2d.h"
+
 #include <ATen/Functions.h>
 
 #include "common/parallel.h"
 #include "cpu/glue.h"
-#include "cpu/kernels/conv2d.h"
 #include "last_algorithm.h"
 #include "tensor_args.h"
 
@@ -20,26 +21,34 @@ std::string algorithm_names() {
   return names;
 }
 
-// The algorithm asked for, or an exception: a name is never exchanged for another silently.
-const Conv2dAlgorithm& pick(const char* op, const Conv2dCall& call, std::string_view name) {
-  if (name == "auto") return choose_conv2d_algorithm(call);
-  const Conv2dAlgorithm* algorithm = find_conv2d_algorithm(name);
-  TORCH_CHECK_VALUE(algorithm, op, "(): no algorithm \"", name,
-                    "\" on the CPU; expected \"auto\" or one of: ", algorithm_names());
-  const char* reason = algorithm->declines(call);
-  TORCH_CHECK_VALUE(!reason, op, "(): algorithm \"", name, "\" cannot do this problem: ", reason);
-  return *algorithm;
-}
+}  // namespace
 
-// Allocates the result and computes it; `call` has the problem, the pass and its operands.
-Tensor compute(const char* op, Conv2dCall call, at::IntArrayRef size, const Tensor& like,
-               at::MemoryFormat format, std::string_view name) {
+void describe_conv2d(Conv2dCall& call, const Tensor& like, at::MemoryFormat format) {
   call.dtype = dtype_of(like);
   call.layout = layout_of(format);
   call.isa = &kernels();
   call.threads = num_threads();
-  const Conv2dAlgorithm& algorithm = pick(op, call, name);
-  record_algorithm(call.pass, algorithm.name);
+}
+
+const Conv2dAlgorithm& pick_conv2d_algorithm(const char* op, const Conv2dCall& call,
+                                             std::string_view name) {
+  const Conv2dAlgorithm* algorithm =
+      name == "auto" ? &choose_conv2d_algorithm(call) : find_conv2d_algorithm(name);
+  TORCH_CHECK_VALUE(algorithm, op, "(): no algorithm \"", name,
+                    "\" on the CPU; expected \"auto\" or one of: ", algorithm_names());
+  const char* reason = algorithm->declines(call);
+  TORCH_CHECK_VALUE(!reason, op, "(): algorithm \"", name, "\" cannot do this problem: ", reason);
+  record_algorithm(call.pass, algorithm->name);
+  return *algorithm;
+}
+
+namespace {
+
+// Allocates the result and computes it; `call` has the problem, the pass and its operands.
+Tensor compute(const char* op, Conv2dCall call, at::IntArrayRef size, const Tensor& like,
+               at::MemoryFormat format, std::string_view name) {
+  describe_conv2d(call, like, format);
+  const Conv2dAlgorithm& algorithm = pick_conv2d_algorithm(op, call, name);
   const Tensor result = at::empty(size, like.options().memory_format(format));
   // Sizes that no memory backs may be huge, and their products wrap around.
   if (result.numel() == 0) return result;

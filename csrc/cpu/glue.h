@@ -1,6 +1,8 @@
-// What the glue of every op on the CPU shares: workspace for a kernel, and the keys it answers to.
+// What the glue of every op on the CPU shares: workspace for a kernel, values for each channel, and
+// the keys it answers to.
 #pragma once
 
+#include <ATen/Functions.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -20,6 +22,23 @@ void run_with_workspace(const char* op, const Kernel& kernel) {
       c10::GetCPUAllocator()->allocate(counter.used() + Arena::kAlignment);
   Arena arena(Arena::aligned(workspace.get()));
   kernel(arena);
+}
+
+// The dtype in which kernels add up, and take and give what there is one of for each channel.
+inline at::ScalarType sum_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline at::Tensor channel_values(const std::optional<at::Tensor>& values, at::ScalarType type) {
+  return values ? values->to(type).contiguous() : at::Tensor();
+}
+
+inline at::Tensor empty_channels(const at::Tensor& like, int64_t channels) {
+  return at::empty({channels}, like.options().dtype(sum_type(like)));
+}
+
+inline const void* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 }  // namespace convext::cpu

@@ -1,5 +1,5 @@
-// Entry points of batch norm, and of the sum that is the gradient of a convolution's bias, on the
-// CPU.
+// Entry points of batch norm, alone or with a ReLU beside it, and of the sum that is the gradient
+// of a convolution's bias, on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +28,11 @@ struct BatchNormCall {
   void* output;       // output, or grad_input
   void* grad_weight;  // (C)
   void* grad_bias;    // (C)
+  // A ReLU in the same pass. before_norm: input is that ReLU's result, and grad_input the gradient
+  // of what came before it (backward only; eval takes input as it is). after_norm: output is
+  // max(norm, 0), in eval and backward, to which bias then belongs as well. Not for training.
+  Relu relu;
+  void* grad_input_sum;  // (C): backward's sums of grad_input in each channel, or null
   const IsaKernels* isa;
   int64_t threads;  // shares the work out; never changes a bit of the result
 };

@@ -115,8 +115,8 @@ Sheet ChannelGrid::sample(int64_t range) const {
 // What one thread works with.
 template <class T>
 struct ChannelSweep<T>::Scratch {
-  T *shift, *scale, *offset, *grad_scale, *sum, *dot;  // [columns]
-  T *a, *b, *out;                                      // pieces, for 16-bit tensors
+  T *shift, *scale, *offset, *grad_scale, *gate_scale, *gate_offset, *sum, *dot;  // [columns]
+  T *a, *b, *out;  // pieces, for 16-bit tensors
 };
 
 template <class T>
@@ -125,7 +125,8 @@ typename ChannelSweep<T>::Scratch ChannelSweep<T>::scratch(Arena& arena) const {
   const bool converts = size_of(dtype_) != int64_t(sizeof(T));
   const int64_t piece = converts ? kPieceSize + kSumChain * columns : 0;
   Scratch s;
-  for (T** array : {&s.shift, &s.scale, &s.offset, &s.grad_scale, &s.sum, &s.dot}) {
+  for (T** array : {&s.shift, &s.scale, &s.offset, &s.grad_scale, &s.gate_scale, &s.gate_offset,
+                    &s.sum, &s.dot}) {
     *array = arena.take<T>(columns);
   }
   s.a = arena.take<T>(piece);
@@ -203,8 +204,8 @@ void ChannelSweep<T>::sample_means(const void* x, T* mean) {
     const Sheet sheet = grid_.sample(range);
     for (T* zero : {s.shift, s.sum, s.dot}) std::fill_n(zero, grid_.most_columns(), T(0));
     isa_.column_sums({ColumnSum::moments, read(x, sheet, s.a), nullptr,
-                      converts ? sheet.cols : sheet.ld, sheet.rows, sheet.cols, s.shift, s.sum,
-                      s.dot});
+                      converts ? sheet.cols : sheet.ld, sheet.rows, sheet.cols, s.shift, nullptr,
+                      nullptr, s.sum, s.dot});
     const int64_t channels = grid_.channels(range);
     double* sum = partials_ + grid_.first_channel(range);
     double* square = sum + channels_;
@@ -223,38 +224,17 @@ void ChannelSweep<T>::sample_means(const void* x, T* mean) {
   });
 }
 
+// Of a split: [2][channel], sums and dots, from the range's first channel on, set to zero.
 template <class T>
-void ChannelSweep<T>::sums(ColumnSum kind, const void* a, const void* b, const T* shift,
-                           double* sum, double* dot) {
-  const bool converts = size_of(dtype_) != int64_t(sizeof(T));
-  run_slots(slots_, grid_.items(), [&](int64_t slot, int64_t item) {
-    const int64_t range = item % grid_.ranges(), split = item / grid_.ranges();
-    const Scratch s = scratch_of(slot);
-    double* totals = partials_ + 2 * split * channels_ + grid_.first_channel(range);
-    double* dots = totals + channels_;
-    std::fill_n(totals, grid_.channels(range), 0.0);
-    std::fill_n(dots, grid_.channels(range), 0.0);
-    std::fill_n(s.sum, grid_.most_columns(), T(0));
-    std::fill_n(s.dot, grid_.most_columns(), T(0));
-    expand(shift, range, s.shift);
-    int64_t pending = 0;  // rows summed up in T
-    const auto finish = [&] {
-      flush(s.sum, range, totals);
-      if (dot) flush(s.dot, range, dots);
-      pending = 0;
-    };
-    grid_.for_sheets(range, split, [&](const Sheet& sheet) {
-      for_pieces(sheet, [&](const Sheet& piece) {
-        const T* left = read(a, piece, s.a);
-        const T* right = b ? read(b, piece, s.b) : nullptr;
-        isa_.column_sums({kind, left, right, converts ? piece.cols : piece.ld, piece.rows,
-                          piece.cols, s.shift, s.sum, s.dot});
-        pending += piece.rows;
-        if (pending >= kFlushRows) finish();
-      });
-    });
-    if (pending) finish();
-  });
+double* ChannelSweep<T>::partials_of(int64_t range, int64_t split) const {
+  double* totals = partials_ + 2 * split * channels_ + grid_.first_channel(range);
+  std::fill_n(totals, grid_.channels(range), 0.0);
+  std::fill_n(totals + channels_, grid_.channels(range), 0.0);
+  return totals;
+}
+
+template <class T>
+void ChannelSweep<T>::add_partials(double* sum, double* dot) const {
   for (int64_t c = 0; c < channels_; ++c) {
     sum[c] = 0;
     if (dot) dot[c] = 0;
@@ -268,30 +248,82 @@ void ChannelSweep<T>::sums(ColumnSum kind, const void* a, const void* b, const T
 }
 
 template <class T>
-void ChannelSweep<T>::map(const void* x, const void* grad, const T* shift, const T* scale,
-                          const T* offset, const T* grad_scale, void* out) {
+void ChannelSweep<T>::sums(const ChannelSums<T>& call) {
   const bool converts = size_of(dtype_) != int64_t(sizeof(T));
   run_slots(slots_, grid_.items(), [&](int64_t slot, int64_t item) {
     const int64_t range = item % grid_.ranges(), split = item / grid_.ranges();
     const Scratch s = scratch_of(slot);
-    expand(shift, range, s.shift);
-    expand(scale, range, s.scale);
-    expand(offset, range, s.offset);
-    expand(grad_scale, range, s.grad_scale);
+    double* totals = partials_of(range, split);
+    std::fill_n(s.sum, grid_.most_columns(), T(0));
+    std::fill_n(s.dot, grid_.most_columns(), T(0));
+    expand(call.shift, range, s.shift);
+    expand(call.scale, range, s.scale);
+    expand(call.offset, range, s.offset);
+    int64_t pending = 0;  // rows summed up in T
+    const auto finish = [&] {
+      flush(s.sum, range, totals);
+      if (call.dot) flush(s.dot, range, totals + channels_);
+      pending = 0;
+    };
     grid_.for_sheets(range, split, [&](const Sheet& sheet) {
       for_pieces(sheet, [&](const Sheet& piece) {
-        const T* left = read(x, piece, s.a);
-        const T* right = grad ? read(grad, piece, s.b) : nullptr;
-        T* target = converts ? s.out : static_cast<T*>(out) + piece.offset;
-        isa_.column_map({left, right, converts ? piece.cols : piece.ld, piece.rows, piece.cols,
-                         s.shift, s.scale, s.offset, s.grad_scale, target});
-        if (!converts) return;
-        for (int64_t r = 0; r < piece.rows; ++r) {
-          isa_.store(s.out + r * piece.cols, dtype_, out, piece.offset + r * piece.ld, piece.cols);
+        const T* left = read(call.a, piece, s.a);
+        const T* right = call.b ? read(call.b, piece, s.b) : nullptr;
+        isa_.column_sums({call.kind, left, right, converts ? piece.cols : piece.ld, piece.rows,
+                          piece.cols, s.shift, s.scale, s.offset, s.sum, s.dot});
+        pending += piece.rows;
+        if (pending >= kFlushRows) finish();
+      });
+    });
+    if (pending) finish();
+  });
+  add_partials(call.sum, call.dot);
+}
+
+template <class T>
+void ChannelSweep<T>::map(const ChannelMap<T>& call) {
+  const bool converts = size_of(dtype_) != int64_t(sizeof(T));
+  run_slots(slots_, grid_.items(), [&](int64_t slot, int64_t item) {
+    const int64_t range = item % grid_.ranges(), split = item / grid_.ranges();
+    const Scratch s = scratch_of(slot);
+    double* totals = nullptr;
+    if (call.sum) {
+      totals = partials_of(range, split);
+      std::fill_n(s.sum, grid_.most_columns(), T(0));
+    }
+    expand(call.shift, range, s.shift);
+    expand(call.scale, range, s.scale);
+    expand(call.offset, range, s.offset);
+    expand(call.grad_scale, range, s.grad_scale);
+    expand(call.gate_scale, range, s.gate_scale);
+    expand(call.gate_offset, range, s.gate_offset);
+    int64_t pending = 0;  // rows summed up in T
+    grid_.for_sheets(range, split, [&](const Sheet& sheet) {
+      for_pieces(sheet, [&](const Sheet& piece) {
+        const T* left = read(call.x, piece, s.a);
+        const T* right = call.grad ? read(call.grad, piece, s.b) : nullptr;
+        T* target = converts ? s.out : static_cast<T*>(call.out) + piece.offset;
+        const int64_t ld = converts ? piece.cols : piece.ld;
+        isa_.column_map({call.kind, left, right, ld, piece.rows, piece.cols, s.shift, s.scale,
+                         s.offset, s.grad_scale, s.gate_scale, s.gate_offset, target});
+        for (int64_t r = 0; converts && r < piece.rows; ++r) {
+          isa_.store(s.out + r * piece.cols, dtype_, call.out, piece.offset + r * piece.ld,
+                     piece.cols);
+        }
+        if (!call.sum) return;
+        // A second look, but at what the first-level cache holds.
+        isa_.column_sums({ColumnSum::total, target, nullptr, ld, piece.rows, piece.cols, nullptr,
+                          nullptr, nullptr, s.sum, s.dot});
+        pending += piece.rows;
+        if (pending >= kFlushRows) {
+          flush(s.sum, range, totals);
+          pending = 0;
         }
       });
     });
+    if (pending) flush(s.sum, range, totals);
   });
+  if (call.sum) add_partials(call.sum, nullptr);
 }
 
 template class ChannelSweep<float>;

@@ -1,6 +1,6 @@
-// One pass over a tensor (N, C, *) that treats every channel by itself: sums per channel, or a
-// linear map with a channel's own coefficients. Batch norm and the gradient of a bias are made of
-// these.
+// One pass over a tensor (N, C, *) that treats every channel by itself: sums per channel, or a map
+// with a channel's own coefficients. Batch norm, with or without a ReLU beside it, and the gradient
+// of a bias are made of these.
 //
 // The vector code works down the columns of a matrix (see ColumnSums in isa.h), so the tensor is
 // read as one whose columns each belong to one channel. Which one depends on the shape alone:
@@ -60,6 +60,28 @@ class ChannelGrid {
   int64_t splits_, split_rows_;
 };
 
+// The two passes: what ColumnSums and ColumnMap do, over whole tensors. Parameters are (C); the
+// ones that a kind does not use are null.
+template <class T>
+struct ChannelSums {
+  ColumnSum kind;
+  const void* a;
+  const void* b;
+  const T *shift, *scale, *offset;
+  double* sum;
+  double* dot;  // null for ColumnSum::total
+};
+
+template <class T>
+struct ChannelMap {
+  ColumnMapKind kind;
+  const void* x;
+  const void* grad;
+  const T *shift, *scale, *offset, *grad_scale, *gate_scale, *gate_offset;
+  void* out;
+  double* sum;  // of each channel's results, or null
+};
+
 // Lays its workspace out on construction; on a counting arena nothing else may be called.
 template <class T>
 class ChannelSweep {
@@ -70,13 +92,8 @@ class ChannelSweep {
   // few bits of their magnitude: digits finer than those of the values themselves would be lost in
   // the same direction by every subtraction, and that adds up.
   void sample_means(const void* x, T* mean);
-
-  // Each channel's sums of the given kind; dot is null for ColumnSum::total.
-  void sums(ColumnSum kind, const void* a, const void* b, const T* shift, double* sum, double* dot);
-
-  // (x - shift) * scale + offset [+ grad * grad_scale], with the parameters of the channel.
-  void map(const void* x, const void* grad, const T* shift, const T* scale, const T* offset,
-           const T* grad_scale, void* out);
+  void sums(const ChannelSums<T>&);
+  void map(const ChannelMap<T>&);
 
  private:
   struct Scratch;
@@ -84,6 +101,8 @@ class ChannelSweep {
   Scratch scratch_of(int64_t slot) const;
   void expand(const T* values, int64_t range, T* columns) const;
   void flush(T* sums, int64_t range, double* totals) const;
+  double* partials_of(int64_t range, int64_t split) const;
+  void add_partials(double* sum, double* dot) const;
   const T* read(const void* data, const Sheet&, T* scratch) const;
 
   const ChannelGrid grid_;

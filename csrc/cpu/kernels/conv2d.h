@@ -11,6 +11,15 @@
 
 namespace convext::cpu {
 
+// Done to every block of a forward pass's results while it is in cache, in this order.
+struct Conv2dEpilogue {
+  bool maps;                           // replace the results by a map of them:
+  ColumnMapKind kind;                  // affine, relu_affine or affine_relu
+  const void *shift, *scale, *offset;  // (O), of the accumulation type
+  bool sums_moments;                   // of what came out:
+  double *mean, *deviation;            // (O): mean, and sum of squared deviations from it
+};
+
 // One pass over tensors that all have the same dtype and layout. Sizes are the problem's; a tensor
 // the pass does not read is null.
 struct Conv2dCall {
@@ -24,7 +33,8 @@ struct Conv2dCall {
   const void* grad_output;  // (N, O, out H, out W)          both backward passes
   void* output;             // what the pass computes
   const IsaKernels* isa;
-  int64_t threads;  // shares the workspace out; never changes a bit of the result
+  int64_t threads;                 // shares the work out; never changes a bit of the result
+  const Conv2dEpilogue* epilogue;  // forward; null for none
 };
 
 struct Conv2dAlgorithm {

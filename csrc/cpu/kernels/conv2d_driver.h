@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/conv2d_epilogue.h"
 #include "cpu/kernels/conv2d_gather.h"
 #include "cpu/kernels/conv2d_pack.h"
 #include "cpu/kernels/slots.h"
@@ -112,10 +113,13 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   const int64_t bank_scratch = scratch_size<T>(call.dtype, bank.size());
   T* filter_scratch = arena.take<T>(slots * bank_scratch);
   Product<T> product(gather, ld, p.groups, isa, arena);
+  BlockEpilogue<T> epilogue(call, channels, ld, gather.block_count(), isa, arena);
   using ProductScratch = typename Product<T>::Scratch;
+  using EpilogueScratch = typename BlockEpilogue<T>::Scratch;
   Arena part(nullptr);
   BlockScratch<T>(call, gather, ld, part);
   ProductScratch(gather, ld, isa, part);
+  EpilogueScratch(epilogue, part);
   char* parts = arena.take_parts(slots, part);
   if (arena.counting()) return;
 
@@ -124,6 +128,7 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
     load(isa, bank, call.weight, g * bank.size(), filters + g * filter_size, ld,
          filter_scratch + slot * bank_scratch);
     product.prepare(g, filters + g * filter_size);
+    if (call.epilogue) epilogue.prepare(g);
     if (!call.bias) return;
     isa.load(call.dtype, call.bias, g * channels, bias + g * ld, channels);
     std::fill(bias + g * ld + channels, bias + (g + 1) * ld, T(0));
@@ -132,15 +137,20 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
     Arena own(parts + slot * part.used());
     const BlockScratch<T> scratch(call, gather, ld, own);
     const ProductScratch product_scratch(gather, ld, isa, own);
-    const int64_t g = item / gather.block_count();
-    const Block block = gather.block(item % gather.block_count());
+    const EpilogueScratch epilogue_scratch(epilogue, own);
+    const int64_t g = item / gather.block_count(), index = item % gather.block_count();
+    const Block block = gather.block(index);
     const int64_t source_channel = g * (forward ? p.group_in_channels() : p.group_out_channels());
     const T* slab = gather.fill(isa, block, source_channel, scratch.slab);
     product.multiply(g, block, slab, call.bias ? bias + g * ld : nullptr, scratch.rows,
                      product_scratch);
+    if (call.epilogue) {
+      epilogue.apply(g, index, scratch.rows, gather.pixels(block), epilogue_scratch);
+    }
     store_block(isa, target, block, g * channels, channels, scratch.rows, ld, scratch.convert,
                 call.output);
   });
+  if (call.epilogue) epilogue.finish();
 }
 
 // The pass whose results are weights. Blocks of pixels are summed in order within a split, and

@@ -49,11 +49,11 @@ struct GatherTile {
 // Sums down the columns of a matrix, whose rows lie `ld` elements apart. They are added to what sum
 // and dot hold.
 //
-//   total      sum[j] += sum over rows of a[row][j]
-//   moments    sum[j] += sum of (a[row][j] - shift[j]),   dot[j] += sum of (a[row][j] - shift[j])^2
-//   product    sum[j] += sum of a[row][j],                dot[j] += sum of a[row][j] * (b[row][j] -
-//   shift[j])
-enum class ColumnSum { total, moments, product };
+//   total           sum[j] += sum over rows of a[row][j]
+//   moments         sum[j] += sum of (a - shift),   dot[j] += sum of (a - shift)^2
+//   product         sum[j] += sum of a,             dot[j] += sum of a * (b - shift)
+//   gated_product   the same, with zeros for a where (b - shift) * scale + offset <= 0
+enum class ColumnSum { total, moments, product, gated_product };
 
 template <class T>
 struct ColumnSums {
@@ -61,21 +61,43 @@ struct ColumnSums {
   const T* a;
   const T* b;
   int64_t ld, rows, cols;
-  const T* shift;  // these three [cols], with room for kColumnPadding more
+  const T *shift, *scale, *offset;  // these five [cols], with room for kColumnPadding more
   T* sum;
   T* dot;
 };
 constexpr int64_t kColumnPadding = 64;
 
-// out[row][j] = (x[row][j] - shift[j]) * scale[j] + offset[j], plus grad[row][j] * grad_scale[j]
-// where there is a grad. Everything but the parameters has rows `ld` elements apart; out overlaps
-// nothing.
+// Maps with parameters for each column, among them n(x) = (x - shift) * scale + offset.
+//
+//   affine                 n(x)
+//   relu_affine            n(max(x, 0))
+//   affine_relu            max(n(x), 0)
+//   gradient               n(x) + grad * grad_scale
+// The gradients of the two with a ReLU, grad_n being grad * grad_scale, with n(x) added in training
+// as above (there it isn't the forward map; that one has gate_scale and gate_offset):
+//   relu_affine_gradient   of x's ReLU's input: zero where x, which is that ReLU's result, is <= 0
+//   affine_relu_gradient   of x, with zeros for grad where the forward map of x is <= 0
+// A NaN passes a ReLU and opens its gate, as in PyTorch.
+enum class ColumnMapKind {
+  affine,
+  relu_affine,
+  affine_relu,
+  gradient,
+  relu_affine_gradient,
+  relu_affine_eval_gradient,
+  affine_relu_gradient,
+  affine_relu_eval_gradient,
+};
+
+// Everything but the parameters has rows `ld` elements apart; out overlaps nothing, or is x where
+// cols is a multiple of the lanes.
 template <class T>
 struct ColumnMap {
+  ColumnMapKind kind;
   const T* x;
   const T* grad;  // or null
   int64_t ld, rows, cols;
-  const T *shift, *scale, *offset, *grad_scale;  // [cols]
+  const T *shift, *scale, *offset, *grad_scale, *gate_scale, *gate_offset;  // [cols], as above
   T* out;
 };
 

@@ -54,6 +54,27 @@ CONVEXT_INLINE Vec<double> sub(Vec<double> a, Vec<double> b) {
   return {_mm256_sub_pd(a.v, b.v)};
 }
 
+CONVEXT_INLINE Vec<float> mul(Vec<float> a, Vec<float> b) {
+  return {_mm256_mul_ps(a.v, b.v)};
+}
+CONVEXT_INLINE Vec<double> mul(Vec<double> a, Vec<double> b) {
+  return {_mm256_mul_pd(a.v, b.v)};
+}
+// max(a, 0), and NaN where a is: the instruction returns its second operand then.
+CONVEXT_INLINE Vec<float> relu(Vec<float> a) {
+  return {_mm256_max_ps(_mm256_setzero_ps(), a.v)};
+}
+CONVEXT_INLINE Vec<double> relu(Vec<double> a) {
+  return {_mm256_max_pd(_mm256_setzero_pd(), a.v)};
+}
+// a, with zeros where gate <= 0.
+CONVEXT_INLINE Vec<float> keep_positive(Vec<float> a, Vec<float> gate) {
+  return {_mm256_and_ps(a.v, _mm256_cmp_ps(gate.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
+}
+CONVEXT_INLINE Vec<double> keep_positive(Vec<double> a, Vec<double> gate) {
+  return {_mm256_and_pd(a.v, _mm256_cmp_pd(gate.v, _mm256_setzero_pd(), _CMP_NLE_UQ))};
+}
+
 #include "cpu/kernels/simd_x86.h"
 
 // Rows of the register tiles: accumulators, two weights and a broadcast fill the 16 registers.

@@ -52,6 +52,27 @@ CONVEXT_INLINE Vec<double> sub(Vec<double> a, Vec<double> b) {
   return {_mm512_sub_pd(a.v, b.v)};
 }
 
+CONVEXT_INLINE Vec<float> mul(Vec<float> a, Vec<float> b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+CONVEXT_INLINE Vec<double> mul(Vec<double> a, Vec<double> b) {
+  return {_mm512_mul_pd(a.v, b.v)};
+}
+// max(a, 0), and NaN where a is. By a mask, for GCC 12 warns of its own max intrinsics.
+CONVEXT_INLINE Vec<float> relu(Vec<float> a) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLT_UQ), a.v)};
+}
+CONVEXT_INLINE Vec<double> relu(Vec<double> a) {
+  return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a.v, _mm512_setzero_pd(), _CMP_NLT_UQ), a.v)};
+}
+// a, with zeros where gate <= 0.
+CONVEXT_INLINE Vec<float> keep_positive(Vec<float> a, Vec<float> gate) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)};
+}
+CONVEXT_INLINE Vec<double> keep_positive(Vec<double> a, Vec<double> gate) {
+  return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(gate.v, _mm512_setzero_pd(), _CMP_NLE_UQ), a.v)};
+}
+
 // Transposes and conversions are bound by memory, where 256-bit vectors do as well.
 #include "cpu/kernels/simd_x86.h"
 

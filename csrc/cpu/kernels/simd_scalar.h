@@ -40,6 +40,26 @@ inline Vec<T> sub(Vec<T> a, Vec<T> b) {
   return a;
 }
 
+template <class T>
+inline Vec<T> mul(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+
+// max(a, 0), and NaN where a is.
+template <class T>
+inline Vec<T> relu(Vec<T> a) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] = a.v[i] < 0 ? T(0) : a.v[i];
+  return a;
+}
+
+// a, with zeros where gate <= 0.
+template <class T>
+inline Vec<T> keep_positive(Vec<T> a, Vec<T> gate) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] = gate.v[i] <= 0 ? T(0) : a.v[i];
+  return a;
+}
+
 // Square block of a transpose: to[c][r] = from[r][c].
 constexpr int kTransposeBlock = 1;
 template <class T>

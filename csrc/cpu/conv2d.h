@@ -1,0 +1,20 @@
+// What the convolutions' glue shares with ops that contain one.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+#include "cpu/kernels/conv2d.h"
+
+namespace convext::cpu {
+
+// Fills in all but the problem, the pass and the operands.
+void describe_conv2d(Conv2dCall& call, const at::Tensor& like, at::MemoryFormat format);
+
+// The algorithm asked for, noted for last_algorithm(), or an exception: a name is never exchanged
+// for another silently. `call` is described, its operands apart.
+const Conv2dAlgorithm& pick_conv2d_algorithm(const char* op, const Conv2dCall& call,
+                                             std::string_view name);
+
+}  // namespace convext::cpu

@@ -1,0 +1,161 @@
+// The fused block on the CPU: check, allocate, describe, call, return.
+#include "cpu/kernels/conv_block.h"
+
+#include <ATen/Functions.h>
+
+#include "common/parallel.h"
+#include "cpu/conv2d.h"
+#include "cpu/glue.h"
+#include "tensor_args.h"
+
+namespace convext::cpu {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using std::optional;
+
+void describe_norm(BatchNormCall& call, const Tensor& like, at::MemoryFormat format) {
+  call.dtype = dtype_of(like);
+  call.layout = layout_of(format);
+  call.isa = &kernels();
+  call.threads = num_threads();
+}
+
+// Tensors that a block's kernels read, as they want them. They must live as long as the call.
+struct Operands {
+  Operands(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+           const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias)
+      : format(common_memory_format({input, weight})),
+        input(input.contiguous(format)),
+        weight(weight.contiguous(format)),
+        bias(bias ? bias->contiguous() : Tensor()),
+        norm_weight(channel_values(norm_weight, sum_type(input))),
+        norm_bias(channel_values(norm_bias, sum_type(input))) {}
+
+  Tensor empty_output(const Conv2dProblem& p) const {
+    return at::empty({p.batch, p.out_channels, p.out_height(), p.out_width()},
+                     input.options().memory_format(format));
+  }
+
+  ConvBlockCall describe(const char* op, const ConvBlockProblem& problem, double eps,
+                         std::string_view algorithm) const {
+    ConvBlockCall call{};
+    call.conv.problem = problem.conv;
+    call.conv.pass = Conv2dPass::forward;
+    call.conv.input = input.const_data_ptr();
+    call.conv.weight = weight.const_data_ptr();
+    call.conv.bias = data_or_null(bias);
+    describe_conv2d(call.conv, input, format);
+    call.algorithm = &pick_conv2d_algorithm(op, call.conv, algorithm);
+    call.norm.problem = problem.norm();
+    call.norm.weight = data_or_null(norm_weight);
+    call.norm.bias = data_or_null(norm_bias);
+    call.norm.eps = eps;
+    call.norm.relu = problem.relu;
+    describe_norm(call.norm, input, format);
+    return call;
+  }
+
+  at::MemoryFormat format;
+  Tensor input, weight, bias, norm_weight, norm_bias;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train(
+    const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
+    const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, double eps, std::string_view order,
+    std::string_view algorithm) {
+  const ConvBlockProblem problem = check_conv_block_train(
+      input, weight, bias, norm_weight, norm_bias, {stride, padding, dilation, groups}, eps, order);
+  const Operands operands(input, weight, bias, norm_weight, norm_bias);
+  ConvBlockCall call = operands.describe("conv_block_train", problem, eps, algorithm);
+  const Tensor activation = operands.empty_output(problem.conv);
+  const Tensor output = at::empty_like(activation);
+  const Tensor mean = empty_channels(input, problem.conv.out_channels);
+  const Tensor var = at::empty_like(mean);
+  if (output.numel() == 0) return {output, activation, mean.zero_(), var.zero_()};
+  call.conv.output = activation.mutable_data_ptr();
+  call.norm.input = call.conv.output;
+  call.norm.mean = mean.mutable_data_ptr();
+  call.norm.var = var.mutable_data_ptr();
+  call.norm.output = output.mutable_data_ptr();
+  run_with_workspace("conv_block_train", [&](Arena& arena) { conv_block_train(call, arena); });
+  return {output, activation, mean, var};
+}
+
+std::tuple<Tensor, Tensor> conv_block_eval(const Tensor& input, const Tensor& weight,
+                                           const optional<Tensor>& bias, const Tensor& mean,
+                                           const Tensor& var, const optional<Tensor>& norm_weight,
+                                           const optional<Tensor>& norm_bias, IntArrayRef stride,
+                                           IntArrayRef padding, IntArrayRef dilation,
+                                           int64_t groups, double eps, std::string_view order,
+                                           bool keep_activation, std::string_view algorithm) {
+  const ConvBlockProblem problem =
+      check_conv_block_eval(input, weight, bias, mean, var, norm_weight, norm_bias,
+                            {stride, padding, dilation, groups}, eps, order);
+  const Operands operands(input, weight, bias, norm_weight, norm_bias);
+  const Tensor m = channel_values(mean, sum_type(input)), v = channel_values(var, sum_type(input));
+  ConvBlockCall call = operands.describe("conv_block_eval", problem, eps, algorithm);
+  const Tensor output = operands.empty_output(problem.conv);
+  const Tensor activation =
+      keep_activation ? at::empty_like(output) : at::empty({0}, input.options());
+  if (output.numel() == 0) return {output, activation};
+  call.conv.output = keep_activation ? activation.mutable_data_ptr() : nullptr;
+  call.norm.input = call.conv.output;
+  call.norm.mean = const_cast<void*>(m.const_data_ptr());
+  call.norm.var = const_cast<void*>(v.const_data_ptr());
+  call.norm.output = output.mutable_data_ptr();
+  run_with_workspace("conv_block_eval", [&](Arena& arena) { conv_block_eval(call, arena); });
+  return {output, activation};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_backward(
+    const Tensor& grad_output, const Tensor& activation, const Tensor& mean, const Tensor& var,
+    const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias, double eps,
+    bool training, std::string_view order) {
+  Relu relu = Relu::none;
+  const BatchNormProblem problem = check_conv_block_backward(
+      grad_output, activation, mean, var, norm_weight, norm_bias, eps, training, order, &relu);
+  const at::MemoryFormat format = activation.suggest_memory_format();
+  const at::ScalarType type = sum_type(activation);
+  const Tensor g = grad_output.contiguous(format), x = activation.contiguous(format);
+  const Tensor m = channel_values(mean, type), v = channel_values(var, type);
+  const Tensor w = channel_values(norm_weight, type), b = channel_values(norm_bias, type);
+  const Tensor grad_conv =
+      at::empty(activation.sizes(), activation.options().memory_format(format));
+  const Tensor grad_bias = empty_channels(activation, problem.channels);
+  const Tensor grad_norm_weight = at::empty_like(grad_bias);
+  const Tensor grad_norm_bias = at::empty_like(grad_bias);
+  BatchNormCall call{};
+  call.problem = problem;
+  describe_norm(call, activation, format);
+  call.grad_output = g.const_data_ptr();
+  call.input = x.const_data_ptr();
+  call.weight = data_or_null(w);
+  call.bias = data_or_null(b);
+  call.mean = const_cast<void*>(m.const_data_ptr());
+  call.var = const_cast<void*>(v.const_data_ptr());
+  call.eps = eps;
+  call.training = training;
+  call.relu = relu;
+  call.output = grad_conv.mutable_data_ptr();
+  call.grad_weight = grad_norm_weight.mutable_data_ptr();
+  call.grad_bias = grad_norm_bias.mutable_data_ptr();
+  call.grad_input_sum = grad_bias.mutable_data_ptr();
+  run_with_workspace("conv_block_backward",
+                     [&](Arena& arena) { batch_norm_backward(call, arena); });
+  return {grad_conv, grad_bias, grad_norm_weight, grad_norm_bias};
+}
+
+void register_ops(torch::Library& m) {
+  m.impl("conv_block_train", &conv_block_train);
+  m.impl("conv_block_eval", &conv_block_eval);
+  m.impl("conv_block_backward", &conv_block_backward);
+}
+
+}  // namespace
+
+CONVEXT_REGISTER_CPU(register_ops)
+
+}  // namespace convext::cpu

@@ -1,0 +1,26 @@
+// Convolution, ReLU and batch norm in one: what a network repeats.
+#pragma once
+
+#include "common/batch_norm_problem.h"
+#include "cpu/kernels/arena.h"
+#include "cpu/kernels/batch_norm.h"
+#include "cpu/kernels/conv2d.h"
+
+namespace convext::cpu {
+
+// The two halves describe themselves to their own kernels; what they share is stated in both.
+struct ConvBlockCall {
+  // Forward, without epilogue. Its output takes the activation: the result of the convolution, or
+  // of the ReLU where that comes first. Null where nobody needs it, and eval makes do without.
+  Conv2dCall conv;
+  const Conv2dAlgorithm* algorithm;
+  // Of what lies between: problem, parameters, eps, relu and output; mean and var are results in
+  // training. Its input is the activation.
+  BatchNormCall norm;
+};
+
+void conv_block_train(const ConvBlockCall&, Arena&);
+void conv_block_eval(const ConvBlockCall&, Arena&);
+// Backward through norm and ReLU is batch_norm_backward.
+
+}  // namespace convext::cpu
