@@ -98,8 +98,24 @@ def bad_call(p: Conv2dProblem):
     groups = spoiled([p.groups], chance / 2)
     tail = (stride, padding, dilation, groups[0] if groups else 1)
     tail += (random.choice(("auto", *convext.algorithms(), *convext.algorithms(), "none")),)
+    values = [
+        random_tensor(tensor_size(spoiled((p.O,), chance / 2)), random.choice((dtype, dtypes[0])))
+        for dtype in (torch.float32, dtypes[0], dtypes[0], dtypes[0])
+    ]
+    norm = [random.choice((value, None)) for value in values[:2]]
+    *settings, algorithm = tail
+    eps = random.choice((1e-5, 1e-5, 0.0, -1.0, float("nan")))
+    order = random.choice(("conv-relu-norm", "conv-norm-relu", "norm"))
+    block = (*norm, *settings, eps, order)
     return random.choice(
         (
+            lambda: ops.conv_block_train(input, weight, bias, *block, algorithm),
+            lambda: ops.conv_block_eval(
+                input, weight, None, *values[2:], *block, random.random() < 0.5, algorithm
+            ),
+            lambda: ops.conv_block_backward(
+                output, output, *values[2:], *norm, eps, random.random() < 0.5, order
+            ),
             lambda: ops.conv2d(input, weight, random.choice((bias, None)), *tail),
             lambda: ops.conv2d_backward_input(output, weight, spoiled(p.input_size, chance), *tail),
             lambda: ops.conv2d_backward_weight(

@@ -180,7 +180,9 @@ def expect(p: Conv2dProblem, conv_pass: str, data: Operands) -> Expected:
     once, to the nearest. Float64 is compared with PyTorch's float64, whose roundings count as well.
     """
     dtype = data.input.dtype
-    exact = data.to(torch.float64)
+    # Contiguous, for PyTorch's own float64 goes wrong on some strides (grad_weight of a grad_output
+    # one pixel wide whose rows have gaps, torch 2.13).
+    exact = Operands(*(tensor.to(torch.float64).contiguous() for tensor in data))
     result = torch_pass(p, conv_pass, exact)
     sums = torch_pass(p, conv_pass, exact.abs())
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
