@@ -7,6 +7,7 @@ import torch
 from torch import func
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from transform_words import WORDS, apply_word, joined, split
 
 from convext import functional
 
@@ -126,6 +127,99 @@ def test_forward_mode(problem):
         check_forward_ad=True,
         check_batched_grad=True,
     )
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_any_composition(word, problem):
+    *operands, settings = problem
+    sizes = [t.shape for t in operands]
+    z = joined(sizes)
+    ours, stock = both(
+        lambda f: apply_word(word, lambda z: f(*split(z, sizes)))(z),
+        settings,
+    )
+    assert stock.abs().max() > 0
+    torch.testing.assert_close(ours, stock, rtol=1e-9, atol=1e-9 * stock.abs().max().item())
+
+
+def test_vectorised_derivatives_without_torch_func(problem):
+    """torch.autograd's own batching meets the C++ Functions."""
+    x, w, b, settings = problem
+
+    def derivatives(f):
+        given = {"vectorize": True}
+        jacobian, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+        return (
+            jacobian(lambda w: f(x, w, b), w, **given),
+            jacobian(lambda w: f(x, w, b), w, strategy="forward-mode", **given),
+            hessian(lambda w: loss(f)(x[:1], w), w, **given),
+            hessian(
+                lambda w: loss(f)(x[:1], w), w, outer_jacobian_strategy="forward-mode", **given
+            ),
+        )
+
+    ours, stock = both(derivatives, settings)
+    torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("where", ["around", "within"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast(problem, dtype, where, device):
+    """Casts are differentiated through: the gradients of a plain call, in the same dtypes.
+
+    (Not PyTorch's: on CPU its convolution forgets about autocast under vmap.)
+    """
+    x, w, b, settings = problem
+    x, w, b = (t.float().to(device) for t in (x, w, b))
+
+    def f(x, w, b):
+        with torch.autocast(device, dtype=dtype):
+            output = functional.conv2d(x, w, b, **settings)
+        assert output.dtype == dtype
+        return output
+
+    def cubes(x, w, b):
+        return f(x, w, b).float().pow(3).mean()
+
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    plain = torch.autograd.grad(cubes(*leaves), leaves)
+    tangents = tuple(torch.sin(t) for t in (x, w, b))
+    with torch.autocast(device, dtype=dtype, enabled=where == "around"):
+        gradients = func.grad(cubes, (0, 1, 2))(x, w, b)
+        _, slope = func.jvp(cubes, (x, w, b), tangents)
+        per_sample = func.vmap(func.grad(lambda w, x: f(x[None], w, b).float().sum()), (None, 0))(
+            w, x
+        )
+    tolerance = 16 * torch.finfo(dtype).eps
+    for got, expected in zip(gradients, plain, strict=True):
+        assert got.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(
+            got, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()
+        )
+    terms = [(g * t).sum() for g, t in zip(plain, tangents, strict=True)]
+    room = tolerance * sum((g * t).abs().sum() for g, t in zip(plain, tangents, strict=True))
+    assert abs(slope - sum(terms)) <= room
+    whole = torch.autograd.grad(f(*leaves).float().sum(), leaves[1])[0]
+    torch.testing.assert_close(
+        per_sample.sum(0), whole, rtol=tolerance, atol=tolerance * whole.abs().max().item()
+    )
+
+
+def test_autocast_leaves_float64_alone_under_transforms(device):
+    x, w = values((1, 1, 3, 3)).to(device), values((1, 1, 2, 2)).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert func.vmap(functional.conv2d, (0, None))(x[None], w).dtype == torch.float64
+        with torch.autocast(device, enabled=False):
+            assert (
+                func.vmap(functional.conv2d)(x[None].float(), w[None].float()).dtype
+                == torch.float32
+            )
+
+
+def test_functionalize_is_refused():
+    """torch has no rule for custom Functions there; loud."""
+    with pytest.raises(RuntimeError, match="Functionalize rule"):
+        func.functionalize(functional.conv2d)(values((1, 1, 3, 3)), values((1, 1, 2, 2)))
 
 
 def test_transform_of_a_compiled_function(problem):

@@ -1,23 +1,23 @@
-"""The convolutions under torch.func's transforms and under forward-mode differentiation.
+"""The convolutions behind Python autograd Functions.
 
-The ops carry C++ autograd Functions, which are quick and know neither. Here the same kernels stand
-behind Python Functions that do: `setup_context` for grad and its kin, `vmap`, and `jvp`. All three
-verbs are bilinear, so that each derivative, tangent and batch is made of the three again.
+All three verbs are bilinear, so that each derivative, tangent and batch is made of the three again.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from convext.transforms.common import (
+    Function,
+    below_autograd,
+    from_channels,
+    into_batch,
+    into_channels,
+    to_front,
+)
 
 _ops = torch.ops.convext
-
-
-def active() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is under way."""
-    # Private names of torch, used nowhere else; tests/test_transforms.py fails where they change.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def conv2d(
@@ -31,48 +31,28 @@ def conv2d(
     algorithm: str,
 ) -> Tensor:
     """The op conv2d; same arguments."""
+    # The op's own autocast comes too late for autograd above it.
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight, bias = (_cast(tensor, dtype) for tensor in (input, weight, bias))
     settings = (tuple(stride), tuple(padding), tuple(dilation), groups, algorithm)
     output = Conv2d.apply(input, weight, settings)
     return output if bias is None else output + bias.reshape(1, -1, 1, 1)
 
 
-def _kernel(op, first: Tensor, second: Tensor, *arguments) -> Tensor:
-    """Calls an op below its own autograd, which is this module's here.
-
-    torch.compile can't trace the guard: a transform inside a compiled function is a graph break, or
-    an error with fullgraph=True. Ops without autograd in its place would compile, and give zeros
-    for gradients.
-    """
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(first, second, *arguments)
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """To autocast's dtype, but for what autocast leaves alone."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
 
 
 def _with_groups(settings: tuple, factor: int) -> tuple:
     return (*settings[:3], settings[3] * factor, settings[4])
 
 
-def _front(tensor: Tensor, batch_dim: int | None, batch_size: int) -> Tensor:
-    """The batched axis in front, made where there is none."""
-    if batch_dim is None:
-        return tensor.expand(batch_size, *tensor.shape)
-    return tensor.movedim(batch_dim, 0)
-
-
-def _into_batch(tensor: Tensor) -> Tensor:
-    """(B, N, C, H, W) to (B * N, C, H, W)."""
-    return tensor.flatten(0, 1)
-
-
-def _into_channels(tensor: Tensor) -> Tensor:
-    """(B, N, C, H, W) to (N, B * C, H, W): every member of the batch a group of its own."""
-    return tensor.transpose(0, 1).flatten(1, 2)
-
-
-def _from_channels(tensor: Tensor, batch_size: int) -> Tensor:
-    return tensor.unflatten(1, (batch_size, -1)).transpose(0, 1)
-
-
-class _Bilinear(torch.autograd.Function):
+class _Bilinear(Function):
     """What the three verbs share. Arguments: two tensors, (a size,) and the settings."""
 
     @staticmethod
@@ -82,8 +62,8 @@ class _Bilinear(torch.autograd.Function):
         ctx.save_for_forward(first, second)
 
     @classmethod
-    def tangent(cls, ctx, first_tangent, second_tangent):
-        first, second = ctx.saved_tensors
+    def tangent(cls, ctx, saved, first_tangent, second_tangent, *_):
+        first, second = saved
         terms = []
         if first_tangent is not None:
             terms.append(cls.apply(first_tangent, second, *ctx.rest))
@@ -97,7 +77,7 @@ class Conv2d(_Bilinear):
 
     @staticmethod
     def forward(input, weight, settings):
-        return _kernel(_ops.conv2d, input, weight, None, *settings)
+        return below_autograd(_ops.conv2d, input, weight, None, *settings)
 
     @staticmethod
     def backward(ctx, grad):
@@ -111,19 +91,15 @@ class Conv2d(_Bilinear):
         )
 
     @staticmethod
-    def jvp(ctx, input_tangent, weight_tangent, _):
-        return Conv2d.tangent(ctx, input_tangent, weight_tangent)
-
-    @staticmethod
     def vmap(info, in_dims, input, weight, settings):
         batch = info.batch_size
-        input = _front(input, in_dims[0], batch)
+        input = to_front(input, in_dims[0], batch)
         if in_dims[1] is None:
-            output = Conv2d.apply(_into_batch(input), weight, settings)
+            output = Conv2d.apply(into_batch(input), weight, settings)
             return output.unflatten(0, (batch, -1)), 0
         weight = weight.movedim(in_dims[1], 0).flatten(0, 1)
-        output = Conv2d.apply(_into_channels(input), weight, _with_groups(settings, batch))
-        return _from_channels(output, batch), 0
+        output = Conv2d.apply(into_channels(input), weight, _with_groups(settings, batch))
+        return from_channels(output, batch), 0
 
 
 class Conv2dBackwardInput(_Bilinear):
@@ -131,7 +107,7 @@ class Conv2dBackwardInput(_Bilinear):
 
     @staticmethod
     def forward(grad_output, weight, size, settings):
-        return _kernel(_ops.conv2d_backward_input, grad_output, weight, size, *settings)
+        return below_autograd(_ops.conv2d_backward_input, grad_output, weight, size, *settings)
 
     @staticmethod
     def backward(ctx, grad):
@@ -148,23 +124,19 @@ class Conv2dBackwardInput(_Bilinear):
         )
 
     @staticmethod
-    def jvp(ctx, grad_tangent, weight_tangent, *_):
-        return Conv2dBackwardInput.tangent(ctx, grad_tangent, weight_tangent)
-
-    @staticmethod
     def vmap(info, in_dims, grad_output, weight, size, settings):
         batch = info.batch_size
-        grad_output = _front(grad_output, in_dims[0], batch)
+        grad_output = to_front(grad_output, in_dims[0], batch)
         if in_dims[1] is None:
             size = (batch * size[0], *size[1:])
-            result = Conv2dBackwardInput.apply(_into_batch(grad_output), weight, size, settings)
+            result = Conv2dBackwardInput.apply(into_batch(grad_output), weight, size, settings)
             return result.unflatten(0, (batch, -1)), 0
         weight = weight.movedim(in_dims[1], 0).flatten(0, 1)
         size = (size[0], batch * size[1], *size[2:])
         result = Conv2dBackwardInput.apply(
-            _into_channels(grad_output), weight, size, _with_groups(settings, batch)
+            into_channels(grad_output), weight, size, _with_groups(settings, batch)
         )
-        return _from_channels(result, batch), 0
+        return from_channels(result, batch), 0
 
 
 class Conv2dBackwardWeight(_Bilinear):
@@ -172,7 +144,7 @@ class Conv2dBackwardWeight(_Bilinear):
 
     @staticmethod
     def forward(grad_output, input, size, settings):
-        return _kernel(_ops.conv2d_backward_weight, grad_output, input, size, *settings)
+        return below_autograd(_ops.conv2d_backward_weight, grad_output, input, size, *settings)
 
     @staticmethod
     def backward(ctx, grad):
@@ -189,16 +161,12 @@ class Conv2dBackwardWeight(_Bilinear):
         )
 
     @staticmethod
-    def jvp(ctx, grad_tangent, input_tangent, *_):
-        return Conv2dBackwardWeight.tangent(ctx, grad_tangent, input_tangent)
-
-    @staticmethod
     def vmap(info, in_dims, grad_output, input, size, settings):
         batch = info.batch_size
-        grad_output = _front(grad_output, in_dims[0], batch)
-        input = _front(input, in_dims[1], batch)
+        grad_output = to_front(grad_output, in_dims[0], batch)
+        input = to_front(input, in_dims[1], batch)
         size = (batch * size[0], *size[1:])
         result = Conv2dBackwardWeight.apply(
-            _into_channels(grad_output), _into_channels(input), size, _with_groups(settings, batch)
+            into_channels(grad_output), into_channels(input), size, _with_groups(settings, batch)
         )
         return result.unflatten(0, (batch, -1)), 0
