@@ -153,15 +153,25 @@ def batch_norm(
 
     Raises:
         ValueError: training on a single value per channel.
-        RuntimeError: no running statistics outside training; sizes, dtypes or devices that do not
-            fit.
+        RuntimeError: no running statistics outside training, or running statistics that require
+            a gradient; sizes, dtypes or devices that do not fit.
     """
+    _refuse_gradients(running_mean, running_var)
+    ops = transforms if transforms.active() else _ops
     if not training:
         _check_running_statistics(running_mean, running_var)
-        return _ops.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
-    output, mean, var = _ops.batch_norm_train(input, weight, bias, eps)
+        return ops.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
+    output, mean, var = ops.batch_norm_train(input, weight, bias, eps)
     _update_running_statistics(running_mean, running_var, mean, var, output, momentum)
     return output
+
+
+def _refuse_gradients(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    by_mean = running_mean is not None and running_mean.requires_grad
+    by_var = running_var is not None and running_var.requires_grad
+    if (by_mean or by_var) and torch.is_grad_enabled():
+        name = "running_mean" if by_mean else "running_var"
+        raise RuntimeError(f"batch_norm(): not differentiable with respect to {name}")
 
 
 def _check_running_statistics(running_mean: Tensor | None, running_var: Tensor | None) -> None:
@@ -191,12 +201,8 @@ def _update_running_statistics(
     if normalized.numel() == 0 or (running_mean is None and running_var is None):
         return
     count = normalized.numel() // normalized.size(1)
-    with torch.no_grad():
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running_var is not None:
-            unbiased = momentum * count / (count - 1)
-            running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
+    update = transforms.update_statistics if transforms.active() else transforms.update_in_place
+    update(running_mean, running_var, mean, var, momentum, count)
 
 
 def conv_block(
@@ -247,6 +253,7 @@ def conv_block(
                 x, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps
             ),
         )
+    _refuse_gradients(running_mean, running_var)
     input, stride, padding, dilation, unbatched = _conv2d_arguments(
         input, weight, bias, stride, padding, dilation, groups
     )
