@@ -220,16 +220,3 @@ def test_functionalize_is_refused():
     """torch has no rule for custom Functions there; loud."""
     with pytest.raises(RuntimeError, match="Functionalize rule"):
         func.functionalize(functional.conv2d)(values((1, 1, 3, 3)), values((1, 1, 2, 2)))
-
-
-def test_transform_of_a_compiled_function(problem):
-    """A graph break in the middle, and the right gradient; never a silent zero."""
-    x, w, _, settings = problem
-
-    def grad(w):
-        return func.grad(lambda w: functional.conv2d(x, w, **settings).pow(2).sum())(w)
-
-    torch.testing.assert_close(torch.compile(grad, backend="aot_eager")(w), grad(w))
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"AutoDispatchBelowAutograd|pybind11"):
-        torch.compile(grad, fullgraph=True, backend="aot_eager")(w)

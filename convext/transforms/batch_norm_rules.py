@@ -21,6 +21,7 @@ from convext.transforms.common import (
     Function,
     below_autograd,
     from_channels,
+    in_graph,
     into_channels,
     to_front,
 )
@@ -28,6 +29,7 @@ from convext.transforms.common import (
 _ops = torch.ops.convext
 
 
+@in_graph
 def batch_norm_train(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +37,7 @@ def batch_norm_train(
     return BatchNormTrain.apply(input, weight, bias, eps)
 
 
+@in_graph
 def batch_norm_eval(
     input: Tensor,
     mean: Tensor,
@@ -67,6 +70,7 @@ def update_in_place(
             running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
 
 
+@in_graph
 def update_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -83,12 +87,16 @@ def update_statistics(
     UpdateStatistics.apply(running_mean, running_var, mean, var, momentum, count)
 
 
+def _refuse(what: str) -> None:
+    raise RuntimeError(
+        "batch_norm(): not differentiable with respect to running_mean and running_var, got one "
+        f"that {what}"
+    )
+
+
 def _refuse_tangents(*tangents: Tensor | None) -> None:
     if any(tangent is not None for tangent in tangents):
-        raise RuntimeError(
-            "batch_norm(): not differentiable with respect to running_mean and running_var, got "
-            "one that carries a tangent"
-        )
+        _refuse("carries a tangent")
 
 
 def _fold_channels(batch_size: int, tensor: Tensor | None, batch_dim: int | None) -> Tensor | None:
@@ -193,6 +201,8 @@ class BatchNormEval(Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:  # torch.compile lets them get here
+            _refuse("requires a gradient")
         of_input, of_weight, of_bias = _gradients(ctx, grad, False)
         return of_input, None, None, of_weight, of_bias, None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
@@ -13,6 +15,29 @@ def active() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is under way."""
     # Private names of torch, used in this file only; tests/test_transforms.py fails where one goes.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def in_graph(function):
+    """Lets torch.compile write a call of the function into its graph, rather than trace it.
+
+    The compiler then runs it with the transforms in force, and sees the ops that come out. Traced,
+    it would break the graph at `below_autograd`.
+    """
+
+    def register() -> None:
+        torch.compiler.allow_in_graph(function)
+
+    # Has the tracer run it. torch.compiler.assume_constant_result does the same, and allow_in_graph
+    # could be called here and now, but both import the compiler: two seconds for every user.
+    register._dynamo_marked_constant = True
+
+    @functools.wraps(function)
+    def call(*arguments):
+        if torch.compiler.is_dynamo_compiling():
+            register()
+        return function(*arguments)
+
+    return call
 
 
 class Function(torch.autograd.Function):
@@ -46,12 +71,7 @@ class Function(torch.autograd.Function):
 
 
 def below_autograd(op, *arguments):
-    """Calls an op below its own autograd, which is a Python Function's here.
-
-    torch.compile can't trace the guard: a transform inside a compiled function is a graph break, or
-    an error with fullgraph=True. Ops without autograd in its place would compile, and give zeros
-    for gradients.
-    """
+    """Calls an op below its own autograd, which is a Python Function's here."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 

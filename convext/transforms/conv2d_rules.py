@@ -12,6 +12,7 @@ from convext.transforms.common import (
     Function,
     below_autograd,
     from_channels,
+    in_graph,
     into_batch,
     into_channels,
     to_front,
@@ -20,6 +21,7 @@ from convext.transforms.common import (
 _ops = torch.ops.convext
 
 
+@in_graph
 def conv2d(
     input: Tensor,
     weight: Tensor,
