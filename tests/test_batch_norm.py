@@ -271,23 +271,6 @@ def test_gradients_of_third_order(training, affine):
     assert torch.autograd.gradcheck(second, leaves)
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 4, 5), (2, 3, 2, 2, 3)], ids=str)
-def test_opcheck(shape, affine):
-    """Schemas, autograd registration, and fake kernels that tell shape, dtype and strides."""
-    dtype = torch.float64 if affine else torch.bfloat16
-    for memory_format in formats(shape):
-        x, g, w, b, mean, var = example(shape, dtype, affine)
-        x, g = (t.to(memory_format=memory_format).requires_grad_() for t in (x, g))
-        for op, arguments in (
-            (ops.batch_norm_train, (x, w, b, 1e-5)),
-            (ops.batch_norm_eval, (x, mean, var, w, b, 1e-5)),
-            (ops.batch_norm_backward, (g, x, mean, var, w, 1e-5, True)),
-            (ops.batch_norm_backward, (g, x, mean, var, w, 1e-5, False)),
-        ):
-            torch.library.opcheck(op.default, arguments)
-
-
 def test_gradient_of_bias_gradient():
     grad_output = example((2, 3, 2, 2))[1].requires_grad_()
     assert torch.autograd.gradcheck(ops.conv2d_backward_bias, grad_output)

@@ -209,39 +209,6 @@ def test_saved_tensor_hooks_see_the_operands():
 # What PyTorch asks of an op
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "requires_grad"),
-    [
-        ("plain", "contiguous_format", False),
-        ("plain", "channels_last", True),
-        ("all settings differ", "contiguous_format", True),
-        ("depthwise", "channels_last", True),
-        ("batch of none", "contiguous_format", True),
-    ],
-)
-def test_opcheck(name, layout, requires_grad, device):
-    problem = named(name)
-    data = leaves(problem, device, "input", "weight", "bias", "grad_output")
-    x, w, b, g = (
-        t.detach().contiguous(
-            memory_format=getattr(torch, layout) if t.dim() == 4 else torch.contiguous_format
-        )
-        for t in data
-    )
-    tail = (*problem.settings, "auto")
-    for op, arguments in [
-        (ops.conv2d, (x, w, b, *tail)),
-        (ops.conv2d, (x, w, None, *tail)),
-        (ops.conv2d_backward_input, (g, w, problem.input_size, *tail)),
-        (ops.conv2d_backward_weight, (g, x, problem.weight_size, *tail)),
-        (ops.conv2d_backward_bias, (g,)),
-    ]:
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor):
-                argument.requires_grad_(requires_grad)
-        torch.library.opcheck(op.default, arguments)
-
-
 @pytest.mark.parametrize("conv_pass", PASSES)
 @pytest.mark.parametrize("input_layout", ["contiguous_format", "channels_last"])
 @pytest.mark.parametrize("other_layout", ["contiguous_format", "channels_last"])
