@@ -62,12 +62,11 @@ def update_in_place(
 
     The batch's variance comes biased, as the ops give it, and goes in unbiased.
     """
-    with torch.no_grad():
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running_var is not None:
-            unbiased = momentum * count / (count - 1)
-            running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    if running_var is not None:
+        unbiased = momentum * count / (count - 1)
+        running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
 
 
 @in_graph
