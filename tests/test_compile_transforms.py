@@ -86,9 +86,10 @@ def test_compiles_as_one_graph(layer, names):
     torch.testing.assert_close(compiled(*given), stock(*given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
+    [("aot_eager", True), ("inductor", False)],
 )
 def test_compiles_both_layers_in_a_row(backend, dynamic):
     torch._dynamo.reset()
