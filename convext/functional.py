@@ -116,6 +116,8 @@ def _pad_by_name(
         raise RuntimeError(
             f"padding='same' is not supported for strided convolutions, got stride {list(stride)}"
         )
+    if weight.dim() != 4 or len(dilation) != 2:
+        return input, [0, 0]  # which the op refuses
     total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
     if any(t % 2 for t in total):
         input = F.pad(input, [0, total[1] % 2, 0, total[0] % 2])
@@ -156,6 +158,8 @@ def batch_norm(
         RuntimeError: no running statistics outside training, or running statistics that require
             a gradient; sizes, dtypes or devices that do not fit.
     """
+    if input.dim() == 1 and input.numel() == 0:
+        return input.clone()  # PyTorch takes whatever is empty
     _refuse_gradients(running_mean, running_var)
     ops = transforms if transforms.active() else _ops
     if not training:

@@ -95,6 +95,8 @@ def check_refused(words, *args, **kwargs):
         ((2, 4, 5, 6), (6, 4, 3, 2), {"dilation": LARGE}, ["dilated kernel", LARGE]),
         ((2, 4, 5, 6), (6, 4, 3, 2), {"padding": "full"}, ["padding", "full"]),
         ((2, 4, 5, 6), (6, 4, 3, 2), {"padding": "same", "stride": 2}, ["same", "[2, 2]"]),
+        ((2, 4, 5, 6), (4, 3, 2), {"padding": "same"}, ["weight", "[4, 3, 2]"]),
+        ((2, 4, 5, 6), (6, 4, 3, 2), {"padding": "same", "dilation": (1, 1, 2)}, ["dilation"]),
         ((2, 4, 5, 6), (6, 4, 3, 2), {"padding": 1.5}, ["padding", "1.5"]),
         ((2, 4, 5, 6), (6, 4, 3, 2), {"padding": None}, ["padding", "None"]),
         ((2, 4, 5, 6), (6, 4, 3, 2), {"stride": (1, 2.0)}, ["stride", "(1, 2.0)"]),
