@@ -48,6 +48,21 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(names, rows, indirect=[name for name in names if name == "isa"])
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Sums of what test_opinfo.py records: label, samples that passed, samples that ran."""
+    sums = {}
+    for report in (r for o in ("passed", "failed") for r in terminalreporter.getreports(o)):
+        for name, value in report.user_properties:
+            if name == "samples":
+                label, *counts = value
+                sums[label] = [a + b for a, b in zip(sums.get(label, (0, 0)), counts, strict=True)]
+    if sums:
+        sums["all"] = [sum(column) for column in zip(*sums.values(), strict=True)]
+        terminalreporter.section("PyTorch's own samples")
+        for label, (passed, run) in sums.items():
+            terminalreporter.write_line(f"{passed:5} of {run:5} passed   {label}")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tests are small, and threads that wait for each other spin; some ask for more themselves."""
