@@ -10,6 +10,7 @@ check_build()
 
 from convext import _C, functional
 from convext import fake as fake  # registers shape functions
+from convext import flops as flops  # registers what FlopCounterMode counts
 from convext.algorithms import algorithms, build_info, last_algorithm
 from convext.conv_block import ConvBlock2d
 from convext.fusion import fold, fuse, to_fused, to_unfused, unfuse
