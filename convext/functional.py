@@ -53,6 +53,9 @@ def conv2d(
         groups: blocks of connections between input and output channels.
         algorithm: "auto", or one of `convext.algorithms()`, also used for the gradients.
 
+    Sums are accumulated in float32, or in float64 where input is. On the CPU nothing is rounded to
+    less on the way, whatever `torch.backends` allows with its `fp32_precision` flags.
+
     Returns:
         (N, out_channels, out_H, out_W), or without N where input has none, with
         out = floor((in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1) on each axis; in

@@ -128,8 +128,8 @@ def test_only_what_is_asked_for_has_a_gradient(wanted, device):
 def test_checkpointing(variant, device):
     """The very bits of a run without; and PyTorch's running statistics, updated twice.
 
-    PyTorch may stop a recomputation at the last tensor that was saved. Whether the last batch norm's
-    statistics are updated a second time is then a matter of order, and not compared.
+    PyTorch may stop a recomputation at the last tensor that was saved. Whether the statistics of
+    the last batch norm are updated again is then a matter of order, and not compared.
     """
 
     def run(kind, checkpointed):
