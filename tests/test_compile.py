@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
+from torch import nn
 
+import convext
 from convext.mnist.model import lesson_cnn
 
 
@@ -47,3 +50,21 @@ def test_exports_with_a_dynamic_batch():
     for size in (2, 9):
         x = torch.randn(size, 1, 28, 28)
         assert torch.equal(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiled_autograd(training):
+    """The nodes that an eager forward pass left, in a compiled backward pass."""
+    torch._dynamo.reset()
+    eager = nn.Sequential(
+        convext.Conv2d(3, 4, (3, 2), padding=(1, 0)),
+        convext.BatchNorm2d(4),
+        convext.ConvBlock2d(4, 6, (2, 3), stride=(2, 1)),
+    ).train(training)
+    twin = copy.deepcopy(eager)
+    x = torch.randn(4, 3, 7, 8)
+    expected = step(eager, eager, x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        compiled = step(twin, twin, x)
+    for mine, other in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(mine, other)

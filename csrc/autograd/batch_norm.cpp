@@ -51,19 +51,20 @@ struct Saved {
 };
 
 struct BatchNormTrain : Function<BatchNormTrain> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input,
-                               const optional<Tensor>& weight, const optional<Tensor>& bias,
-                               double eps) {
+  // mean and var, which have no gradient, leave by the side: results marked as such would be given
+  // zeros for gradients all the same, and compiled autograd asserts that there are none.
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const optional<Tensor>& weight,
+                        const optional<Tensor>& bias, double eps, Tensor* mean, Tensor* var) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, mean, var] = batch_norm_train(input, weight, bias, eps);
-    Saved::save(ctx, input, weight, bias, mean, var, eps);
-    ctx->mark_non_differentiable({mean, var});
-    return {output, mean, var};
+    Tensor output;
+    std::tie(output, *mean, *var) = batch_norm_train(input, weight, bias, eps);
+    Saved::save(ctx, input, weight, bias, *mean, *var, eps);
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list grad = Saved::gradients(ctx, grads[0], 1, true);
-    return {grad[0], grad[1], grad[2], {}};
+    return {grad[0], grad[1], grad[2], {}, {}, {}};
   }
 };
 
@@ -151,8 +152,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train_autograd(const Tensor& input
     at::AutoDispatchBelowADInplaceOrView below;
     return batch_norm_train(input, weight, bias, eps);
   }
-  const variable_list results = BatchNormTrain::apply(input, weight, bias, eps);
-  return {results[0], results[1], results[2]};
+  Tensor mean, var;
+  const Tensor output = BatchNormTrain::apply(input, weight, bias, eps, &mean, &var);
+  return {output, mean, var};
 }
 
 Tensor batch_norm_eval_autograd(const Tensor& input, const Tensor& mean, const Tensor& var,

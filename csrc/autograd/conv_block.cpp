@@ -108,49 +108,50 @@ struct SavedBlock {
 };
 
 struct ConvBlockTrain : Function<ConvBlockTrain> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                               const optional<Tensor>& bias, const optional<Tensor>& norm_weight,
-                               const optional<Tensor>& norm_bias, IntArrayRef stride,
-                               IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                               double eps, std::string_view order, std::string_view algorithm) {
+  // What has no gradient leaves by the side, see BatchNormTrain.
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const optional<Tensor>& bias, const optional<Tensor>& norm_weight,
+                        const optional<Tensor>& norm_bias, IntArrayRef stride, IntArrayRef padding,
+                        IntArrayRef dilation, int64_t groups, double eps, std::string_view order,
+                        std::string_view algorithm, Tensor* activation, Tensor* mean, Tensor* var) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, activation, mean, var] =
+    Tensor output;
+    std::tie(output, *activation, *mean, *var) =
         conv_block_train(input, weight, bias, norm_weight, norm_bias, stride, padding, dilation,
                          groups, eps, order, algorithm);
-    SavedBlock::save(ctx, input, weight, {bias, norm_weight, norm_bias}, activation, mean, var, eps,
-                     order);
+    SavedBlock::save(ctx, input, weight, {bias, norm_weight, norm_bias}, *activation, *mean, *var,
+                     eps, order);
     Conv2dSaved::save(ctx, stride, padding, dilation, groups, algorithm);
-    ctx->mark_non_differentiable({activation, mean, var});
-    return {output, activation, mean, var};
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list g = SavedBlock(ctx, /*training=*/true).gradients(ctx, grads[0], 0);
-    return {g[0], g[1], g[2], g[3], g[4], {}, {}, {}, {}, {}, {}, {}};
+    return {g[0], g[1], g[2], g[3], g[4], {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
 struct ConvBlockEval : Function<ConvBlockEval> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                               const optional<Tensor>& bias, const Tensor& mean, const Tensor& var,
-                               const optional<Tensor>& norm_weight,
-                               const optional<Tensor>& norm_bias, IntArrayRef stride,
-                               IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                               double eps, std::string_view order, std::string_view algorithm) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const optional<Tensor>& bias, const Tensor& mean, const Tensor& var,
+                        const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias,
+                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                        int64_t groups, double eps, std::string_view order,
+                        std::string_view algorithm, Tensor* activation) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [output, activation] =
+    Tensor output;
+    std::tie(output, *activation) =
         conv_block_eval(input, weight, bias, mean, var, norm_weight, norm_bias, stride, padding,
                         dilation, groups, eps, order, /*keep_activation=*/true, algorithm);
-    SavedBlock::save(ctx, input, weight, {bias, norm_weight, norm_bias}, activation, mean, var, eps,
-                     order);
+    SavedBlock::save(ctx, input, weight, {bias, norm_weight, norm_bias}, *activation, mean, var,
+                     eps, order);
     Conv2dSaved::save(ctx, stride, padding, dilation, groups, algorithm);
-    ctx->mark_non_differentiable({activation});
-    return {output, activation};
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list g = SavedBlock(ctx, /*training=*/false).gradients(ctx, grads[0], 2);
-    return {g[0], g[1], g[2], {}, {}, g[3], g[4], {}, {}, {}, {}, {}, {}, {}};
+    return {g[0], g[1], g[2], {}, {}, g[3], g[4], {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -166,10 +167,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train_autograd(
     return conv_block_train(input, weight, bias, norm_weight, norm_bias, stride, padding, dilation,
                             groups, eps, order, algorithm);
   }
-  const variable_list results =
+  Tensor activation, mean, var;
+  const Tensor output =
       ConvBlockTrain::apply(input, weight, bias, norm_weight, norm_bias, stride, padding, dilation,
-                            groups, eps, order, algorithm);
-  return {results[0], results[1], results[2], results[3]};
+                            groups, eps, order, algorithm, &activation, &mean, &var);
+  return {output, activation, mean, var};
 }
 
 std::tuple<Tensor, Tensor> conv_block_eval_autograd(
@@ -186,10 +188,11 @@ std::tuple<Tensor, Tensor> conv_block_eval_autograd(
     return conv_block_eval(input, weight, bias, mean, var, norm_weight, norm_bias, stride, padding,
                            dilation, groups, eps, order, keep_activation, algorithm);
   }
-  const variable_list results =
+  Tensor activation;
+  const Tensor output =
       ConvBlockEval::apply(input, weight, bias, mean, var, norm_weight, norm_bias, stride, padding,
-                           dilation, groups, eps, order, algorithm);
-  return {results[0], results[1]};
+                           dilation, groups, eps, order, algorithm, &activation);
+  return {output, activation};
 }
 
 // A part of a backward pass, and no more: SavedBlock takes other ops where more is asked.
