@@ -382,13 +382,21 @@ def test_anomaly_detection(device):
     check_equal(*both(run), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "node"), [("conv2d", "Conv2d"), ("batch_norm", "BatchNorm")])
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [
+        ("conv2d", "convext::Conv2d"),
+        ("batch_norm", "convext::BatchNormTrain"),
+        ("batch_norm eval", "convext::BatchNormEval"),
+    ],
+)
 def test_anomalies_are_named(name, node, device):
     """The error names our node, the warning the line that called it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with torch.autograd.detect_anomaly():
             _, output = recorded("convext", name, (0, 1), device)
+            assert node in output.grad_fn.name()
             bad = torch.full_like(output, float("nan"))
             with pytest.raises(RuntimeError, match=node + ".*returned nan values"):
                 output.backward(bad)

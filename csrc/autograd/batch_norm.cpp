@@ -50,6 +50,10 @@ struct Saved {
   }
 };
 
+}  // namespace
+
+// Not in the anonymous namespace: grad_fn, the profiler and anomaly detection show these names.
+
 struct BatchNormTrain : Function<BatchNormTrain> {
   // mean and var, which have no gradient, leave by the side: results marked as such would be given
   // zeros for gradients all the same, and compiled autograd asserts that there are none.
@@ -142,6 +146,8 @@ struct BatchNormBackward : Function<BatchNormBackward> {
     return {of_g.to(input_type), of_x.to(input_type), {}, {}, of_w, {}, {}};
   }
 };
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train_autograd(const Tensor& input,
                                                              const optional<Tensor>& weight,

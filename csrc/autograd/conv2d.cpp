@@ -15,6 +15,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+}  // namespace
+
+// Not in the anonymous namespace: grad_fn, the profiler and anomaly detection show these names.
+
 struct Conv2d : Function<Conv2d> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const std::optional<Tensor>& bias, IntArrayRef stride, IntArrayRef padding,
@@ -105,6 +109,8 @@ struct Conv2dBackwardBias : Function<Conv2dBackwardBias> {
     return {grads[0].reshape({1, -1, 1, 1}).expand_symint(size)};
   }
 };
+
+namespace {
 
 Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,

@@ -107,6 +107,10 @@ struct SavedBlock {
   const Conv2dSaved conv;
 };
 
+}  // namespace
+
+// Not in the anonymous namespace: grad_fn, the profiler and anomaly detection show these names.
+
 struct ConvBlockTrain : Function<ConvBlockTrain> {
   // What has no gradient leaves by the side, see BatchNormTrain.
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
@@ -154,6 +158,8 @@ struct ConvBlockEval : Function<ConvBlockEval> {
     return {g[0], g[1], g[2], {}, {}, g[3], g[4], {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train_autograd(
     const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
