@@ -16,6 +16,7 @@ from convext.conv_block import ConvBlock2d
 from convext.fusion import fold, fuse, to_fused, to_unfused, unfuse
 from convext.nn import BatchNorm2d, Conv2d, LazyBatchNorm2d, LazyConv2d
 from convext.replace import replace_layers, restore_layers
+from convext.sync_batch_norm import SyncBatchNorm2d
 
 __version__ = _C.build_info()["convext"]
 
@@ -25,6 +26,7 @@ __all__ = [
     "ConvBlock2d",
     "LazyBatchNorm2d",
     "LazyConv2d",
+    "SyncBatchNorm2d",
     "algorithms",
     "build_info",
     "fold",

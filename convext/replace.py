@@ -6,11 +6,12 @@ from torch import nn
 
 from convext.algorithms import check_algorithm_name
 from convext.nn import BatchNorm2d, Conv2d
+from convext.sync_batch_norm import SyncBatchNorm2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _OURS = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d}
-_STOCK = {ours: stock for stock, ours in _OURS.items()}
+_STOCK = {**{ours: stock for stock, ours in _OURS.items()}, SyncBatchNorm2d: nn.SyncBatchNorm}
 
 
 def replace_layers(model: Model, *, algorithm: str = "auto") -> Model:
@@ -34,7 +35,10 @@ def replace_layers(model: Model, *, algorithm: str = "auto") -> Model:
 
 
 def restore_layers(model: Model) -> Model:
-    """Undo `replace_layers`: make our layers stock ones again, in place; return the model."""
+    """Undo `replace_layers`: make our layers stock ones again, in place; return the model.
+
+    A `SyncBatchNorm2d` becomes a `torch.nn.SyncBatchNorm`.
+    """
     for module in model.modules():
         if type(module) in _STOCK:
             module.__class__ = _STOCK[type(module)]
