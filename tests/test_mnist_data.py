@@ -321,3 +321,30 @@ def test_loader_refuses_nonsense():
         BatchLoader(torch.zeros(2, 1, 1, 1), torch.zeros(3), 1)
     with pytest.raises(ValueError, match="at least one image"):
         make_loader(count=0)
+    with pytest.raises(ValueError, match="part must be from 0 to parts - 1, got 2 of 2"):
+        make_loader(part=2, parts=2)
+    with pytest.raises(ValueError, match="batches of 4 out of 10 images don't make 3 equal parts"):
+        make_loader(part=0, parts=3, drop_last=True)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_parts_join_to_the_batches_of_one(parts, training):
+    options = {"seed": 3, "drop_last": True} if training else {}
+    count, batch_size = 32, 6  # the last batch, of 2, makes no 3 parts that hold an image each
+    whole = make_loader(count, batch_size, **options)
+    shares = [
+        make_loader(count, batch_size, part=part, parts=parts, **options) for part in range(parts)
+    ]
+    for epoch in range(2):
+        for loader in (whole, *shares):
+            loader.epoch = epoch
+            assert len(loader) == (5 if training else 6)
+        for batch, *pieces in zip(numbers(whole), *map(numbers, shares), strict=True):
+            assert [number for piece in pieces for number in piece] == batch
+            assert max(map(len, pieces)) - min(map(len, pieces)) <= (0 if training else 1)
+
+
+def test_a_data_set_smaller_than_a_batch_is_cut_to_equal_parts():
+    shares = [numbers(make_loader(5, 8, drop_last=True, part=part, parts=2)) for part in range(2)]
+    assert shares == [[[0, 1]], [[2, 3]]]

@@ -24,9 +24,12 @@ class BatchLoader:
     Args:
         images: (N, C, H, W).
         labels: (N,).
-        batch_size: images in a batch, at least 1.
+        batch_size: images in a batch, at least 1; with drop_last a multiple of `parts`.
         seed: shuffles with it; None keeps the order.
         drop_last: leaves out a short last batch.
+        part, parts: gives only this part of every batch, from 0, of so many. In the order of
+            their numbers the parts join to the batch. With drop_last they are of equal size, for
+            which a data set smaller than one batch is cut; else they may differ by one image.
 
     Attributes:
         epoch: which order the next iteration takes, from 0. Whoever trains sets it.
@@ -40,6 +43,8 @@ class BatchLoader:
         *,
         seed: int | None = None,
         drop_last: bool = False,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
@@ -47,9 +52,20 @@ class BatchLoader:
             raise ValueError("images must hold at least one image, got none")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= part < parts:
+            raise ValueError(f"part must be from 0 to parts - 1, got {part} of {parts}")
         self.images = images
         self.labels = labels
         self.batch_size = min(batch_size, len(images))
+        if drop_last:
+            if batch_size % parts or len(images) < parts:
+                raise ValueError(
+                    f"batches of {batch_size} out of {len(images)} images don't make {parts} "
+                    "equal parts"
+                )
+            self.batch_size -= self.batch_size % parts
+        self.part = part
+        self.parts = parts
         self.seed = seed
         self.drop_last = drop_last
         self.epoch = 0
@@ -67,7 +83,8 @@ class BatchLoader:
         for number in range(first, len(self)):
             # Counted before it is handed out: a checkpoint is saved when its step is done.
             self._done = number + 1
-            chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            chosen = batch.tensor_split(self.parts)[self.part]
             yield self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
 
     def _order(self) -> torch.Tensor:
