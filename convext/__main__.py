@@ -8,6 +8,7 @@ installed stops only the commands that use it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -28,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, where argparse would print the usage too."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, None if _is_silent() else f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def _train(commands: argparse._SubParsersAction) -> None:
@@ -40,7 +41,12 @@ def _train(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--epochs", type=int, metavar="N", help="(default: 1; digits: 10)")
-    add("--batch-size", type=int, metavar="N", help="images per step (default: 512; digits: 64)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images per step, of all processes together (default: 512; digits: 64)",
+    )
     add("--lr", type=float, metavar="RATE", help="highest rate of the 1cycle (default: 0.06)")
     add("--seed", type=int, metavar="N", help="of weights and order of images (default: 0)")
     add(
@@ -56,13 +62,25 @@ def _train(commands: argparse._SubParsersAction) -> None:
     )
     add("--layers", choices=("convext", "torch"), help="whose layers (default: convext)")
     add("--algorithm", metavar="NAME", help="of the convolutions (default: auto)")
-    add("--threads", type=int, metavar="N", help="(default: torch's own choice)")
+    add(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="processes on this machine, each with its part of every batch; on convext's layers "
+        "they train as one would (default: 1, or those that torchrun started)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of all processes together, at least one each (default: torch's own choice)",
+    )
     add("--out", metavar="DIR", help="the run's folder (default: a new one in runs/)")
     add(
         "--resume",
         metavar="RUN",
-        help="go on with this run (folder or checkpoint) up to --epochs; the other options "
-        "are the run's own",
+        help="go on with this run (folder or checkpoint) up to --epochs; --devices and "
+        "--threads may differ, the other options are the run's own",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -78,7 +96,10 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_train,)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Runs one command and returns its exit status.
+
+    0; 2 for a mistake, 1 for another process that failed, 130 for Ctrl-C.
+    """
     parser = _Parser(prog="convext", description="Convolution you can hold in your hand.")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     for add_command in COMMANDS:
@@ -87,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        return _complain(args.command, str(error), 2)
+        return _complain(args.command, str(error), error.status)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -100,8 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(command: str, message: str, status: int) -> int:
-    print(f"convext {command}: {message}", file=sys.stderr)
+    if not _is_silent():
+        print(f"convext {command}: {message}", file=sys.stderr)
     return status
+
+
+def _is_silent() -> bool:
+    """Of torchrun's processes, which do all the same, the first one speaks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
 
 
 if __name__ == "__main__":

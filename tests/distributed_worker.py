@@ -8,6 +8,9 @@ there, too, what one process would with the joined batch.
 import copy
 import faulthandler
 import functools
+import os
+import signal
+import time
 import traceback
 from contextlib import nullcontext
 from datetime import timedelta
@@ -384,3 +387,36 @@ for synchronised_ in (True, False):
         CHECKS[f"FSDP2, {words}"] = functools.partial(
             fsdp, synchronised=synchronised_, reshard=reshard_
         )
+
+
+# ---- what convext.mnist.processes lets the started processes do ----
+
+
+def take_part(world):
+    word = world.share()
+    gathered = [None] * world.size
+    dist.all_gather_object(gathered, (word, world, torch.get_num_threads()))
+
+
+def fail(world):
+    world.share()
+    if world.rank == 1:
+        raise ValueError("the disk is on fire")
+    dist.barrier()  # the others learn of it here, but say nothing
+
+
+def die(world):
+    world.share()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_ever(world):
+    world.share()
+    time.sleep(3600)
+
+
+class EndsWhenRead:
+    """A task that ends the process to which it is sent, before it takes part."""
+
+    def __reduce__(self):
+        return os._exit, (3,)

@@ -14,7 +14,7 @@ from convext.__main__ import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
     *("--epochs", "--batch-size", "--lr", "--seed", "--data", "--data-dir", "--layers"),
-    *("--algorithm", "--threads", "--out", "--resume"),
+    *("--algorithm", "--devices", "--threads", "--out", "--resume"),
 )
 
 
@@ -78,6 +78,16 @@ def test_every_command_has_a_help_line(capsys):
         (["train", "--batch-size", "1"], "--batch-size must be at least 2"),
         (["train", "--seed", "-1"], "--seed must be from 0 to"),
         (["train", "--threads", "0"], "--threads must be from 1 to 1024, got 0"),
+        (["train", "--devices", "0"], "--devices must be from 1 to 1024, got 0"),
+        (["train", "--devices", "two"], "--devices: invalid int value: 'two'"),
+        (
+            ["train", "--devices", "3", "--batch-size", "64"],
+            "--batch-size must be a multiple of the number of processes, 3, got 64",
+        ),
+        (
+            ["train", "--data", "digits", "--devices", "3"],
+            "--batch-size must be a multiple of the number of processes, 3, got 64",
+        ),
         (["train", "--data", "cifar"], "--data: invalid choice: 'cifar'"),
         (["train", "--layers", "jax"], "--layers: invalid choice: 'jax'"),
         (["train", "--algorithm", "magic"], "--algorithm must be one of auto, "),

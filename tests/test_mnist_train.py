@@ -148,6 +148,7 @@ def test_metrics(run, layers):
         "lr": 0.02,
         "threads": 1,
         "algorithm": "auto",
+        "devices": 1,
     }
     assert expected.items() <= found.items()
     assert set(found["versions"]) == {"convext", "torch", "lightning", "python"}
@@ -281,6 +282,7 @@ def test_resume_refuses_what_would_make_it_another_run(run, tmp_path):
         ({"layers": "convext"}, "--layers convext: the run to resume has torch"),
         ({"data": "mnist"}, "--data mnist: the run to resume has digits"),
         ({"epochs": 1}, "--epochs 1: the run to resume has trained 2 already"),
+        ({"devices": 3}, "--batch-size must be a multiple of the number of processes, 3, got 64"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             train(Options(resume=folder, **options))

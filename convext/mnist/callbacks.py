@@ -89,11 +89,12 @@ class EpochTable(pl.Callback):
 class SaveRun(pl.Callback):
     """Saves the checkpoint after each epoch, and then whatever `after` writes.
 
-    The file is written beside the old one and renamed over it: whenever a run is killed, its
+    Where several processes train together, each has this callback and the first one writes. The
+    file is written beside the old one and renamed over it: whenever a run is killed, its
     folder holds one whole checkpoint.
     """
 
-    def __init__(self, folder: Path, settings: dict, after: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, settings: dict, after: Callable[[], object]) -> None:
         self._path = folder / CHECKPOINT
         self._settings = settings
         self._after = after
@@ -102,31 +103,55 @@ class SaveRun(pl.Callback):
         checkpoint["convext"] = self._settings
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self._path)  # writes nothing, but Lightning waits for all
+            return
         with replacing(self._path) as temporary:
             trainer.save_checkpoint(temporary)
         self._after()
 
 
-class InterruptError(Exception):
+class DefaultSigterm(pl.Callback):
+    """Lets SIGTERM end this process at once, and with its connections all others.
+
+    Lightning's handler would send to the others from within whatever is being sent, and can wait
+    for ever.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class InterruptError(BaseException):
     """Ctrl-C, as an exception that Lightning passes on.
 
-    For KeyboardInterrupt it prints a notice of its own and exits with status 1.
+    For KeyboardInterrupt it prints a notice of its own and exits with status 1; an Exception it
+    may take for a failure to send, and go on.
     """
 
 
+class Interrupt:
+    """Whether Ctrl-C came."""
+
+    came = False
+
+
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[Interrupt]:
     """Within the block, Ctrl-C raises InterruptError (signals reach the main thread alone)."""
+    state = Interrupt()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield state
         return
 
     def interrupt(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough; let the cleaning up finish
+        state.came = True
         raise InterruptError
 
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield state
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -46,7 +46,7 @@ class Learner(pl.LightningModule):
         self._valid_loss = torch.zeros(())
         self._correct = torch.zeros((), dtype=torch.int64)
         self._images = 0
-        self._started = 0.0
+        self._started = self._epoch_seconds = self._epoch_loss = 0.0
 
     def configure_optimizers(self) -> dict:
         # Weight decay is AdamW's, decoupled, and only for what multiplies inputs: fastai, too,
@@ -93,10 +93,8 @@ class Learner(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         # Lightning validates within the training epoch, so the epoch's clock stops here.
         # Reading the loss first makes it count what the device has yet to finish.
-        self._epoch = {
-            "train_loss": self._train_loss.item() / max(1, self._train_batches),
-            "train_seconds": time.perf_counter() - self._started,
-        }
+        self._epoch_loss = self._train_loss.item() / max(1, self._train_batches)
+        self._epoch_seconds = time.perf_counter() - self._started
         self._valid_loss = torch.zeros((), device=self.device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self._images = 0
@@ -109,12 +107,20 @@ class Learner(pl.LightningModule):
         self._images += len(labels)
 
     def on_validation_epoch_end(self) -> None:
+        # Of all processes; float64 holds each of these as it is.
+        sums = torch.tensor(
+            [self._correct.item(), self._valid_loss.item(), self._images, self._epoch_loss],
+            dtype=torch.float64,
+        )
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        correct, valid_loss, images, train_loss = sums.tolist()
         self.history.append(
             {
                 "epoch": self.current_epoch + 1,
-                "accuracy": self._correct.item() / self._images,
-                "valid_loss": self._valid_loss.item() / self._images,
-                **self._epoch,
+                "accuracy": correct / images,
+                "valid_loss": valid_loss / images,
+                "train_loss": train_loss / self.trainer.world_size,
+                "train_seconds": self._epoch_seconds,
             }
         )
 

@@ -16,11 +16,21 @@ from rich.console import Console
 import convext
 from convext.errors import UserError
 from convext.inspection.summary import Summary, summary
-from convext.mnist.callbacks import EpochTable, InterruptError, ProgressBar, SaveRun, interruptible
+from convext.mnist import processes
+from convext.mnist.callbacks import (
+    DefaultSigterm,
+    EpochTable,
+    InterruptError,
+    ProgressBar,
+    SaveRun,
+    interruptible,
+)
 from convext.mnist.data import Dataset, load_data
+from convext.mnist.ddp import trainer_arguments
 from convext.mnist.learner import Learner
 from convext.mnist.loader import BatchLoader
 from convext.mnist.model import lesson_cnn
+from convext.mnist.processes import World
 from convext.mnist.run_folder import (
     METRICS,
     load_checkpoint,
@@ -28,6 +38,7 @@ from convext.mnist.run_folder import (
     writable_folder,
     write_json,
 )
+from convext.sync_batch_norm import SyncBatchNorm2d
 
 # Digits are forty times fewer than MNIST: in one epoch of batches of 512 they would make two
 # steps. So the book's setting is the default for MNIST only.
@@ -43,7 +54,8 @@ class Options:
     """What a user may choose; None leaves it to the default, or on resuming to the run.
 
     data: "mnist", "digits" or "auto"; data_dir: where the MNIST files lie; layers: "convext" or
-    "torch"; algorithm: for convext's convolutions; out: the run's folder; resume: a run's
+    "torch"; algorithm: for convext's convolutions; devices: processes, which share every batch;
+    batch_size, threads: of all processes together; out: the run's folder; resume: a run's
     folder or checkpoint to go on from. The others say themselves what they are.
     """
 
@@ -55,6 +67,7 @@ class Options:
     data_dir: str | Path | None = None
     layers: str | None = None
     algorithm: str | None = None
+    devices: int | None = None
     threads: int | None = None
     out: str | Path | None = None
     resume: str | Path | None = None
@@ -72,19 +85,59 @@ class Settings:
     layers: str
     algorithm: str
     threads: int
+    devices: int = 1  # checkpoints of before there were several have none
 
 
-def train(options: Options, console: Console | None = None) -> dict:
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know to take part in a run.
+
+    Attributes:
+        checkpoint: where to go on from, if anywhere.
+    """
+
+    settings: Settings
+    dataset: Dataset
+    folder: Path
+    checkpoint: Path | None
+
+
+def train(options: Options, console: Console | None = None) -> dict | None:
     """Trains as the options say, showing what happens on the console.
 
+    With several processes this one starts the others, which import the main module anew: a script
+    that calls this function needs its `if __name__ == "__main__"`. Those that torchrun starts call
+    this function all.
+
     Returns:
-        What metrics.json holds.
+        What metrics.json holds; None in torchrun's processes other than the first.
 
     Raises:
-        UserError: an option, a file or a folder that won't do.
+        UserError: an option, a file or a folder that won't do, or another process that failed.
         KeyboardInterrupt: Ctrl-C, with a message that says what was kept.
     """
     console = console or Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    if not processes.under_torchrun():
+        job = _prepare(options)
+        with processes.started(job.settings.devices, _follow) as world:
+            return _lead(world, job, console)
+    with processes.joined() as world:
+        if world.leads:
+            return _lead(world, _prepare(options, world), console)
+        _follow(world)
+        return None
+
+
+def _prepare(options: Options, world: World | None = None) -> Job:
+    """Looks at the options, reads the data and makes the folder."""
+    if world is not None:
+        if options.devices not in (None, world.size):
+            raise UserError(
+                f"--devices {options.devices}: torchrun started {_count(world.size, 'process')}"
+            )
+        options = replace(options, devices=world.size)
+        if options.threads is None and options.resume is None:
+            options = replace(options, threads=torch.get_num_threads() * world.local_size)
     _check(options)
     path, checkpoint = load_checkpoint(options.resume) if options.resume else (None, None)
     dataset = load_data(_data_name(options, checkpoint), options.data_dir)
@@ -93,55 +146,95 @@ def train(options: Options, console: Console | None = None) -> dict:
         folder = new_run_folder(options.out, f"{settings.data}-{settings.layers}")
     else:
         folder = writable_folder(Path(options.out).expanduser() if options.out else path.parent)
+    return Job(settings, dataset, folder, path)
 
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    model = lesson_cnn(settings.layers, settings.algorithm)
-    described = summary(model, (1, *dataset.train.images.shape[1:]))
-    batches = BatchLoader(
-        dataset.train.images,
-        dataset.train.labels,
-        settings.batch_size,
-        seed=settings.seed,
-        drop_last=True,
-    )
-    learner = Learner(model, settings.lr, total_steps=settings.epochs * len(batches))
-    _announce(console, settings, dataset, described, batches)
+
+def _lead(world: World, job: Job, console: Console) -> dict:
+    """Trains with the other processes, if any; shows what happens, and writes the metrics."""
+    settings, folder = world.share(job).settings, job.folder
+    image = job.dataset.train.images.shape[1:]
+    described = summary(lesson_cnn(settings.layers, settings.algorithm), (1, *image))
+    learner, batches = _build(world, job)
+    _announce(console, settings, job.dataset, described, batches)
+    done = len(load_checkpoint(job.checkpoint)[1]["history"]) if job.checkpoint else 0
 
     def write_metrics() -> dict:
         metrics = _metrics(settings, described, learner.history)
         write_json(folder / METRICS, metrics)
         return metrics
 
-    try:
-        with interruptible(), _QuietLightning():
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                devices=1,
-                max_epochs=settings.epochs,
-                callbacks=[
-                    ProgressBar(console),
-                    # Saved first: an epoch's line says that the epoch is kept.
-                    SaveRun(folder, asdict(settings), after=write_metrics),
-                    EpochTable(console),
-                ],
-                logger=False,
-                enable_checkpointing=False,  # SaveRun does it
-                enable_progress_bar=False,  # ProgressBar does it
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                default_root_dir=folder,
-            )
-            validation = BatchLoader(dataset.valid.images, dataset.valid.labels, VALID_BATCH)
-            trainer.fit(learner, batches, validation, ckpt_path=path, weights_only=True)
-    except InterruptError:
-        raise KeyboardInterrupt(_kept(folder, settings)) from None
+    callbacks = [
+        ProgressBar(console),
+        # Saved first: an epoch's line says that the epoch is kept.
+        SaveRun(folder, asdict(settings), after=write_metrics),
+        EpochTable(console),
+    ]
+    with interruptible() as interrupt:
+        try:
+            _fit(world, job, learner, batches, callbacks)
+        except (InterruptError, Exception) as error:
+            # The others may have died of the same Ctrl-C, which this one then sees as an error.
+            if interrupt.came or isinstance(error, InterruptError):
+                raise KeyboardInterrupt(_kept(folder, settings)) from None
+            raise
     metrics = write_metrics()  # again, for a run that had nothing left to train
-    if checkpoint and len(checkpoint["history"]) == settings.epochs:
+    if done == settings.epochs:
         console.print(f"Nothing left to train: {_count(settings.epochs, 'epoch')} done already")
     console.print(f"\n{folder}/last.ckpt: to go on from, with --resume {folder} --epochs N")
     console.print(f"{folder}/{METRICS}: these figures, for programs")
     return metrics
+
+
+def _follow(world: World) -> None:
+    """Trains with the leader and is silent."""
+    job: Job = world.share()
+    callbacks = [SaveRun(job.folder, asdict(job.settings), after=lambda: None)]
+    _fit(world, job, *_build(world, job), callbacks)
+
+
+def _build(world: World, job: Job) -> tuple[Learner, BatchLoader]:
+    """The learner, and this process's part of the batches that it learns from."""
+    settings, train = job.settings, job.dataset.train
+    torch.set_num_threads(max(1, settings.threads // world.local_size))
+    torch.manual_seed(settings.seed)
+    model = lesson_cnn(settings.layers, settings.algorithm)
+    if world.size > 1 and settings.layers == "convext":
+        SyncBatchNorm2d.convert_sync_batchnorm(model)
+    batches = BatchLoader(
+        train.images,
+        train.labels,
+        settings.batch_size,
+        seed=settings.seed,
+        drop_last=True,
+        part=world.rank,
+        parts=world.size,
+    )
+    return Learner(model, settings.lr, total_steps=settings.epochs * len(batches)), batches
+
+
+def _fit(
+    world: World, job: Job, learner: Learner, batches: BatchLoader, callbacks: list[pl.Callback]
+) -> None:
+    valid = job.dataset.valid
+    validation = BatchLoader(
+        valid.images, valid.labels, VALID_BATCH, part=world.rank, parts=world.size
+    )
+    if world.size > 1:
+        callbacks = [*callbacks, DefaultSigterm()]
+    with _QuietLightning():
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=job.settings.epochs,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,  # SaveRun does it
+            enable_progress_bar=False,  # ProgressBar does it
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=job.folder,
+            **trainer_arguments(world),
+        )
+        trainer.fit(learner, batches, validation, ckpt_path=job.checkpoint, weights_only=True)
 
 
 def _check(options: Options) -> None:
@@ -151,17 +244,29 @@ def _check(options: Options) -> None:
         "batch_size": (lambda n: n >= 2, "at least 2 (batch norm needs more than one image)"),
         "lr": (lambda rate: 0 < rate < math.inf, "above 0 and finite"),
         "seed": (lambda n: 0 <= n < 2**63, "from 0 to 2**63 - 1"),
+        "devices": (lambda n: 1 <= n <= 1024, "from 1 to 1024"),
         "threads": (lambda n: 1 <= n <= 1024, "from 1 to 1024"),
     }
     for name, (good, want) in wanted.items():
         value = getattr(options, name)
         if value is not None and not good(value):
             raise UserError(f"--{name.replace('_', '-')} must be {want}, got {value}")
+    if options.batch_size is not None:
+        _check_split(options.batch_size, options.devices or 1)
     if options.layers == "torch" and options.algorithm not in (None, "auto"):
         raise UserError(f"--algorithm {options.algorithm} needs --layers convext")
     names = ("auto", *convext.algorithms())
     if options.algorithm is not None and options.algorithm not in names:
         raise UserError(f"--algorithm must be one of {', '.join(names)}, got {options.algorithm}")
+
+
+def _check_split(batch_size: int, devices: int) -> None:
+    # Else the images of a smaller part would count more than the others.
+    if batch_size % devices:
+        raise UserError(
+            f"--batch-size must be a multiple of the number of processes, {devices}, "
+            f"got {batch_size}"
+        )
 
 
 def _data_name(options: Options, checkpoint: dict | None) -> str:
@@ -180,16 +285,19 @@ def _settings(options: Options, dataset: Dataset, checkpoint: dict | None) -> Se
     if checkpoint is None:
         rest = {"seed": 0, "layers": "convext", "algorithm": "auto"}
         rest["threads"] = torch.get_num_threads()
-        return Settings(**{**rest, **DEFAULTS[dataset.name], **chosen})
+        settings = Settings(**{**rest, **DEFAULTS[dataset.name], **chosen})
+        _check_split(settings.batch_size, settings.devices)
+        return settings
 
     run = Settings(**checkpoint["convext"])
     if options.data not in (None, "auto"):
         chosen["data"] = options.data
     for name, value in chosen.items():
-        if name not in ("epochs", "threads") and value != getattr(run, name):
+        if name not in ("epochs", "devices", "threads") and value != getattr(run, name):
             option = name.replace("_", "-")
             raise UserError(f"--{option} {value}: the run to resume has {getattr(run, name)}")
     settings = replace(run, **chosen)
+    _check_split(settings.batch_size, settings.devices)
     done = len(checkpoint["history"])
     if settings.epochs < done:
         raise UserError(f"--epochs {settings.epochs}: the run to resume has trained {done} already")
@@ -210,8 +318,16 @@ def _announce(
     console.print(
         f"training  {_count(settings.epochs, 'epoch')} of {len(batches)} batches of "
         f"{batches.batch_size}, learning rate up to {settings.lr:g}, seed {settings.seed}, "
-        f"{_count(settings.threads, 'thread')}\n"
+        f"{_count(settings.threads, 'thread')}"
     )
+    if settings.devices > 1:
+        images = batches.batch_size // settings.devices
+        shared = settings.layers == "convext"
+        console.print(
+            f"processes {settings.devices}, each with {_count(images, 'image')} of every batch; "
+            f"batch norm over {'all of them' if shared else 'its own (stock layers on a CPU)'}"
+        )
+    console.print()
     console.print(described if console.is_terminal else f"{described}\n")
 
 
@@ -247,7 +363,8 @@ def _kept(folder: Path, settings: Settings) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 class _QuietLightning(warnings.catch_warnings):
