@@ -247,6 +247,21 @@ def layer_compiles_without_a_graph_break(rank):
 
 
 @check
+def fused_blocks_are_synchronised_by_their_parts(rank):
+    separate = lesson_cnn().double()
+    fused = convext.fuse(copy.deepcopy(separate))
+    assert any(isinstance(layer, convext.ConvBlock2d) for layer in fused)
+    for model in (separate, fused):
+        convext.SyncBatchNorm2d.convert_sync_batchnorm(model)
+    images = torch.randn(4, 1, 28, 28, dtype=torch.float64)[2 * rank :][:2]
+    for model in (separate, fused):
+        model(images).square().sum().backward()
+    assert torch.equal(fused(images), separate(images))
+    assert_near(fused.conv1.conv.weight.grad, separate.conv1.weight.grad)
+    assert_same_bits_everywhere(fused.conv1.norm.running_var)
+
+
+@check
 def torchs_conversion_makes_our_layers_its_own(rank):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(lesson_cnn())
     kinds = [type(layer) for layer in model if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
