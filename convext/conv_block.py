@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convext import functional
-from convext.nn import BatchNorm2d, Conv2d
+from convext.nn import BatchNorm2d, Conv2d, fx_node, is_fx_leaf
 
 ORDERS = ("conv-relu-norm", "conv-norm-relu")
 
@@ -119,6 +119,8 @@ class ConvBlock2d(nn.Module):
         return layers
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) and is_fx_leaf(self, input):
+            return fx_node(self, input)
         conv, norm = self.conv, self.norm
         if not self.is_fused():
             return functional.conv_block_in_parts(conv(input), self.order, norm)
@@ -157,7 +159,7 @@ def _is_ours(conv: nn.Module, norm: nn.Module) -> bool:
     conv_type, norm_type = type(conv), type(norm)
     return (
         isinstance(conv, Conv2d)
-        and conv_type.forward is nn.Conv2d.forward
+        and conv_type.forward is Conv2d.forward
         and conv_type._conv_forward is Conv2d._conv_forward
         and isinstance(norm, BatchNorm2d)
         and norm_type.forward is BatchNorm2d.forward

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from convext import transforms
 
@@ -66,22 +67,27 @@ def conv2d(
         TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
-    input, stride, padding, dilation, unbatched = _conv2d_arguments(
-        input, weight, bias, stride, padding, dilation, groups
-    )
+    arguments = _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups)
+    if arguments is None:
+        operands, settings = (input, weight, bias), (stride, padding, dilation, groups)
+        return handle_torch_function(conv2d, operands, *operands, *settings, algorithm=algorithm)
+    input, stride, padding, dilation, unbatched = arguments
     op = transforms.conv2d if transforms.active() else _conv2d
     output = op(input, weight, bias, stride, padding, dilation, groups, algorithm)
     return output.squeeze(0) if unbatched else output
 
 
-def _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups) -> tuple:
+def _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups) -> tuple | None:
     """(input, stride, padding, dilation) as the ops take them, and whether input had no N.
 
+    None where an operand is no tensor but has a `__torch_function__`, as torch.fx's Proxy has.
     In few words, for a small convolution's time is its bookkeeping.
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)) or not (
         bias is None or isinstance(bias, Tensor)
     ):
+        if has_torch_function((input, weight, bias)):
+            return None
         _refuse_non_tensors(input=input, weight=weight, bias=bias)
     if type(groups) is not int and not hasattr(groups, "__index__"):
         raise TypeError(f"conv2d(): groups must be an int, got {groups!r}")
@@ -161,6 +167,13 @@ def batch_norm(
         RuntimeError: no running statistics outside training, or running statistics that require
             a gradient; sizes, dtypes or devices that do not fit.
     """
+    if not isinstance(input, Tensor):
+        if not has_torch_function((input,)):
+            raise TypeError(f"batch_norm(): input must be a Tensor, got {type(input).__name__}")
+        statistics = (running_mean, running_var)
+        return handle_torch_function(
+            batch_norm, (input,), input, *statistics, weight, bias, training, momentum, eps
+        )
     if input.dim() == 1 and input.numel() == 0:
         return input.clone()  # PyTorch takes whatever is empty
     _refuse_gradients(running_mean, running_var)
@@ -260,10 +273,27 @@ def conv_block(
                 x, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps
             ),
         )
+    arguments = _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups)
+    if arguments is None:
+        operands = (input, weight, bias)
+        norm_operands = (running_mean, running_var, norm_weight, norm_bias)
+        return handle_torch_function(
+            conv_block,
+            operands,
+            *operands,
+            *norm_operands,
+            stride,
+            padding,
+            dilation,
+            groups,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            order=order,
+            algorithm=algorithm,
+        )
+    input, stride, padding, dilation, unbatched = arguments
     _refuse_gradients(running_mean, running_var)
-    input, stride, padding, dilation, unbatched = _conv2d_arguments(
-        input, weight, bias, stride, padding, dilation, groups
-    )
     settings = (stride, padding, dilation, groups, eps, order)
     if training:
         output, _, mean, var = _conv_block_train(

@@ -2,10 +2,26 @@
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from convext import functional
 from convext.algorithms import check_algorithm_name
+
+
+def is_fx_leaf(module: nn.Module, input: object) -> bool:
+    """Whether torch.fx is tracing a model that holds this layer.
+
+    Its tracer goes into every module from outside `torch.nn`; layers that stand for torch.nn's are
+    to be single nodes of the graph, as those are.
+    """
+    return isinstance(input, Proxy) and input.tracer.root is not module
+
+
+def fx_node(module: nn.Module, input: Proxy) -> Proxy:
+    """The call of the layer in torch.fx's graph."""
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input,), {})
 
 
 class Conv2d(nn.Conv2d):
@@ -57,6 +73,11 @@ class Conv2d(nn.Conv2d):
         )
         self.algorithm = algorithm
 
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) and is_fx_leaf(self, input):
+            return fx_node(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
         return functional.conv2d(
@@ -92,6 +113,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) and is_fx_leaf(self, input):
+            return fx_node(self, input)
         self._check_input_dim(input)
         running_mean, running_var, training, momentum = self._statistics()
         return functional.batch_norm(
