@@ -17,7 +17,7 @@ def network(module, **options):
             conv1=module.Conv2d(2, 6, (3, 2), stride=(2, 1), padding=(1, 0), **options),
             relu=nn.ReLU(),
             norm1=module.BatchNorm2d(6),
-            conv2=module.Conv2d(6, 4, (2, 3), groups=2, bias=False, **options),
+            conv2=module.Conv2d(6, 4, (2, 3), padding=(0, 1), groups=2, bias=False, **options),
             norm2=module.BatchNorm2d(4, momentum=None),
         )
     )

@@ -220,3 +220,150 @@ def test_sharing_with_another_process():
     torch.multiprocessing.spawn(train_a_step, (model, x), nprocs=1)
     train_a_step(0, stock, x)
     torch.testing.assert_close(model.state_dict(), stock.state_dict())
+
+
+# --------------------------------------------------------------------------------------------------
+# Conversions and initialisation
+
+
+@pytest.fixture(params=[False, True], ids=["assign", "swap"])
+def swaps_tensors(request):
+    """Whether a module's conversion keeps its Parameter objects and swaps what is in them."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(request.param)
+    yield request.param
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize("name", ["half", "bfloat16", "float", "double"])
+def test_conversion_of_dtype(name, swaps_tensors):
+    ours, stock = networks(torch.float32)
+    reference = copy.deepcopy(stock).double()
+    parameter = ours.conv1.weight
+    for model in (ours, stock):
+        getattr(model, name)()
+    dtype = ours.conv1.weight.dtype
+    assert dtype == {"half": torch.float16, "double": DOUBLE}.get(name, getattr(torch, name))
+    if dtype != torch.float32 and swaps_tensors:
+        assert ours.conv1.weight is parameter
+    assert [v.dtype for v in ours.state_dict().values()] == [
+        v.dtype for v in stock.state_dict().values()
+    ]
+    x = images(dtype)
+    output = ours(x)
+    assert output.dtype == stock(x).dtype == dtype
+    limit = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), reference(x.double()), rtol=limit, atol=limit)
+    output.sum().backward()
+    assert {p.grad.dtype for p in ours.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last),
+    ],
+    ids=["to", "convert_conv2d_weight_memory_format"],
+)
+def test_conversion_of_memory_format(convert, swaps_tensors):
+    ours, stock = (convert(model) for model in networks())
+    assert ours.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert ours(images()).is_contiguous(memory_format=torch.channels_last)
+    assert_alike(ours, copy.deepcopy(ours))
+    stock.load_state_dict(ours.state_dict())
+    assert_alike(ours, stock)
+
+
+def test_meta_device_and_skip_init():
+    with torch.device("meta"):
+        model = network(convext)
+        # In training, momentum=None needs to know a count, here as with stock layers.
+        assert model.eval()(torch.ones(3, 2, 7, 6)).shape == (3, 4, 3, 5)
+    model.train()
+    _, stock = networks()
+    model.to_empty(device="cpu").to(DOUBLE).load_state_dict(stock.state_dict())
+    assert_alike(model, copy.deepcopy(stock))
+    layer = nn.utils.skip_init(
+        convext.Conv2d, 2, 6, (3, 2), (2, 1), (1, 0), algorithm="im2col", dtype=DOUBLE
+    )
+    layer.load_state_dict(stock.conv1.state_dict())
+    assert layer.algorithm == "im2col"
+    assert_alike(layer, stock.conv1)
+
+
+def initialise(layer):
+    """As users write it, by the stock layers' types."""
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.uniform_(layer.bias)
+    elif isinstance(layer, nn.BatchNorm2d):
+        nn.init.normal_(layer.weight, 1, 0.02)
+        nn.init.constant_(layer.bias, 0.5)
+
+
+def test_initialisation():
+    states = []
+    for module in (convext, nn):
+        torch.manual_seed(1)
+        states.append(network(module).apply(initialise).state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert (states[0]["norm1.bias"] == 0.5).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimizers, averaged models
+
+OPTIMIZERS = {
+    "SGD, fused": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
+    "Adam, fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "RMSprop, foreach": lambda p: torch.optim.RMSprop(p, lr=0.01, foreach=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, memory_format):
+    ours, stock = (model.to(memory_format=memory_format) for model in networks())
+    before = copy.deepcopy(ours.state_dict())
+    optimizers = [OPTIMIZERS[name](model.parameters()) for model in (ours, stock)]
+    for _ in range(4):
+        assert_alike(ours, stock, steps=1)
+        norms = [
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5, foreach=True)
+            for model in (ours, stock)
+        ]
+        torch.testing.assert_close(*norms)
+        assert norms[0] > 0.5
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours.state_dict(), stock.state_dict())
+    assert not any(torch.equal(before[key], value) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("use_buffers", [False, True], ids=["parameters", "buffers too"])
+def test_averaged_model_and_update_bn(use_buffers):
+    models = networks()
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.8)
+    averaged = [
+        torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
+        for model in models
+    ]
+    assert type(averaged[0].module.conv1) is convext.Conv2d
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in models]
+    batches = [images() for _ in range(3)]
+    for x in batches:
+        assert_alike(*models, x, steps=1)
+        for mean, model, optimizer in zip(averaged, models, optimizers, strict=True):
+            optimizer.step()
+            mean.update_parameters(model)
+    torch.testing.assert_close(averaged[0].state_dict(), averaged[1].state_dict())
+    before = averaged[0].module.norm1.running_mean.clone()
+    for mean in averaged:
+        torch.optim.swa_utils.update_bn(batches, mean)
+    torch.testing.assert_close(averaged[0].state_dict(), averaged[1].state_dict())
+    assert not torch.allclose(averaged[0].module.norm1.running_mean, before)
+    assert averaged[0].module.norm1.momentum == 0.1
