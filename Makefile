@@ -18,6 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # With its folders, whose times tell that a file was added or removed.
 CSRC := $(shell find csrc)
+NO_DEPS := tests/requirements-no-deps.txt
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
@@ -55,10 +56,12 @@ clean: ## remove what was built, but not .venv
 	find convext tests benchmarks build_backend -name __pycache__ -prune -exec rm -rf {} +
 
 # Everything where the package's description or torch changed, else only the compiled part.
-# Torch is named again so that no dependency can put another in its place.
-$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+# Torch is named again so that no dependency can put another in its place. The packages in NO_DEPS
+# would; only tests use them, and skip without.
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NO_DEPS) $(CSRC)
 	$(if $(filter-out $(CSRC),$?),\
-	  $(PIP) install --no-build-isolation -e ".[all]" "$(TORCH)",\
+	  $(PIP) install --no-build-isolation -e ".[all]" "$(TORCH)" \
+	    && { $(PIP) install --no-deps -r $(NO_DEPS) || echo "not installed: $(NO_DEPS)" >&2; },\
 	  $(BIN)/python setup.py --quiet build_ext --inplace)
 	@touch $@
 
