@@ -67,6 +67,17 @@ def conv2d(
         TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
+    # The usual call goes straight to the op, which reads a number as a pair: a small convolution's
+    # time is its bookkeeping.
+    if (
+        type(stride) is type(padding) is type(dilation) is type(groups) is int
+        and isinstance(input, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+        and input.dim() == 4
+        and not transforms.active()
+    ):
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
     arguments = _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if arguments is None:
         operands, settings = (input, weight, bias), (stride, padding, dilation, groups)
@@ -81,7 +92,6 @@ def _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups) ->
     """(input, stride, padding, dilation) as the ops take them, and whether input had no N.
 
     None where an operand is no tensor but has a `__torch_function__`, as torch.fx's Proxy has.
-    In few words, for a small convolution's time is its bookkeeping.
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)) or not (
         bias is None or isinstance(bias, Tensor)
