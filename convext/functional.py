@@ -188,8 +188,8 @@ def batch_norm(
         return input.clone()  # PyTorch takes whatever is empty
     _refuse_gradients(running_mean, running_var)
     ops = transforms if transforms.active() else _ops
+    _check_running_statistics(running_mean, running_var, training, input.shape[1:2])
     if not training:
-        _check_running_statistics(running_mean, running_var)
         return ops.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
     output, mean, var = ops.batch_norm_train(input, weight, bias, eps)
     _update_running_statistics(running_mean, running_var, mean, var, output, momentum)
@@ -204,8 +204,21 @@ def _refuse_gradients(running_mean: Tensor | None, running_var: Tensor | None) -
         raise RuntimeError(f"batch_norm(): not differentiable with respect to {name}")
 
 
-def _check_running_statistics(running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    if running_mean is None or running_var is None:
+def _check_running_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, size: torch.Size
+) -> None:
+    """What the ops, which see no running statistics in training, don't check.
+
+    size: (C,), or empty where a tensor has too few axes, which the ops say.
+    """
+    if training:
+        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+            if running is not None and len(size) == 1 and running.shape != size:
+                raise RuntimeError(
+                    f"batch_norm(): {name} should contain {size[0]} elements, one for each "
+                    f"channel, got size {list(running.shape)}"
+                )
+    elif running_mean is None or running_var is None:
         raise RuntimeError(
             "Expected running_mean and running_var to be defined when training=False, got "
             f"running_mean={running_mean}, running_var={running_var}"
@@ -221,12 +234,6 @@ def _update_running_statistics(
     momentum: float,
 ) -> None:
     """Takes a batch's mean and biased variance into the running statistics, in place."""
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running is not None and running.shape != mean.shape:
-            raise RuntimeError(
-                f"batch_norm(): {name} should contain {len(mean)} elements, one for each channel, "
-                f"got size {list(running.shape)}"
-            )
     # Of an empty batch there is nothing to learn.
     if normalized.numel() == 0 or (running_mean is None and running_var is None):
         return
@@ -304,6 +311,7 @@ def conv_block(
         )
     input, stride, padding, dilation, unbatched = arguments
     _refuse_gradients(running_mean, running_var)
+    _check_running_statistics(running_mean, running_var, training, weight.shape[:1])
     settings = (stride, padding, dilation, groups, eps, order)
     if training:
         output, _, mean, var = _conv_block_train(
@@ -311,7 +319,6 @@ def conv_block(
         )
         _update_running_statistics(running_mean, running_var, mean, var, output, momentum)
     else:
-        _check_running_statistics(running_mean, running_var)
         output, _ = _conv_block_eval(
             input,
             weight,

@@ -10,15 +10,20 @@
 namespace convext {
 namespace {
 
+// A tensor, or an absent one, in the dtype of the device's autocast.
+template <c10::DeviceType kDevice, class MaybeTensor>
+MaybeTensor cast(const MaybeTensor& tensor) {
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  return at::autocast::cached_cast(dtype, tensor, kDevice);
+}
+
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                        int64_t groups, std::string_view algorithm) {
   const c10::impl::ExcludeDispatchKeyGuard below(kKey);
-  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
-  return conv2d(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups,
-                algorithm);
+  return conv2d(cast<kDevice>(input), cast<kDevice>(weight), cast<kDevice>(bias), stride, padding,
+                dilation, groups, algorithm);
 }
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
@@ -28,10 +33,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train_autocast(
     IntArrayRef padding, IntArrayRef dilation, int64_t groups, double eps, std::string_view order,
     std::string_view algorithm) {
   const c10::impl::ExcludeDispatchKeyGuard below(kKey);
-  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
-  return conv_block_train(cast(input), cast(weight), cast(bias), norm_weight, norm_bias, stride,
-                          padding, dilation, groups, eps, order, algorithm);
+  return conv_block_train(cast<kDevice>(input), cast<kDevice>(weight), cast<kDevice>(bias),
+                          norm_weight, norm_bias, stride, padding, dilation, groups, eps, order,
+                          algorithm);
 }
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
@@ -41,10 +45,9 @@ std::tuple<Tensor, Tensor> conv_block_eval_autocast(
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, double eps,
     std::string_view order, bool keep_activation, std::string_view algorithm) {
   const c10::impl::ExcludeDispatchKeyGuard below(kKey);
-  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
-  return conv_block_eval(cast(input), cast(weight), cast(bias), mean, var, norm_weight, norm_bias,
-                         stride, padding, dilation, groups, eps, order, keep_activation, algorithm);
+  return conv_block_eval(cast<kDevice>(input), cast<kDevice>(weight), cast<kDevice>(bias), mean,
+                         var, norm_weight, norm_bias, stride, padding, dilation, groups, eps, order,
+                         keep_activation, algorithm);
 }
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>

@@ -27,8 +27,8 @@ TORCH_LIBRARY(convext, m) {
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // Convolution, ReLU and batch norm as one, order being "conv-relu-norm" or "conv-norm-relu".
-  // activation, the norm's or the ReLU's input, is what the backward pass needs; eval gives an
-  // empty one where it is not to be kept. conv_block_backward goes back to the convolution.
+  // activation, the norm's input, is what the backward pass needs; eval gives an empty one where
+  // it is not to be kept. conv_block_backward goes back to the convolution.
   def("conv_block_train(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, "
       "Tensor? norm_bias, int[2] stride, int[2] padding, int[2] dilation, int groups, float eps, "
       "str order, str algorithm=\"auto\") "

@@ -9,6 +9,7 @@ from problems import PROBLEMS, SMALL, Conv2dProblem, named
 from reference import HALVES, operands
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convext
 from convext import functional
@@ -499,3 +500,27 @@ def test_layer_shows_its_order_and_refuses_another():
         convext.ConvBlock2d.from_layers(convext.Conv2d(1, 2, 3), convext.BatchNorm2d(5), ORDERS[0])
     with pytest.raises(TypeError, match=r"convext\.Conv2d"):
         convext.ConvBlock2d.from_layers(nn.Conv2d(1, 2, 3), convext.BatchNorm2d(2), ORDERS[0])
+
+
+@pytest.mark.parametrize("wrong", ["running_mean", "running_var"])
+def test_wrong_running_statistics_are_refused_before_any_kernel(wrong):
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    p = named("plain")
+    data = example(p, torch.float32)
+    before = data["running_mean"].clone(), data["running_var"].clone()
+    arguments = data | {wrong: torch.ones(3)}
+    calls = [lambda: functional.conv_block(**arguments, training=True)]
+    normed = torch.randn(2, 4, 3, 5)
+    statistics = arguments["running_mean"], arguments["running_var"]
+    calls.append(lambda: functional.batch_norm(normed, *statistics, training=True))
+    for call in calls:
+        seen = []
+        with Recorder(), pytest.raises(RuntimeError, match=wrong):
+            call()
+        assert not seen
+    assert torch.equal(data["running_mean"], before[0])
+    assert torch.equal(data["running_var"], before[1])

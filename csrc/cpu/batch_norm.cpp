@@ -1,6 +1,6 @@
 // Batch norm and the gradient of a convolution's bias on the CPU: check, allocate, describe, call,
 // return.
-#include "cpu/kernels/batch_norm.h"
+#include "cpu/batch_norm.h"
 
 #include <ATen/Functions.h>
 
@@ -14,8 +14,14 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-BatchNormCall describe(const BatchNormProblem& problem, const Tensor& like,
-                       at::MemoryFormat format) {
+void run(const char* op, const BatchNormCall& call, void (*kernel)(const BatchNormCall&, Arena&)) {
+  run_with_workspace(op, [&](Arena& arena) { kernel(call, arena); });
+}
+
+}  // namespace
+
+BatchNormCall describe_batch_norm(const BatchNormProblem& problem, const Tensor& like,
+                                  at::MemoryFormat format) {
   BatchNormCall call{};
   call.problem = problem;
   call.dtype = dtype_of(like);
@@ -25,9 +31,40 @@ BatchNormCall describe(const BatchNormProblem& problem, const Tensor& like,
   return call;
 }
 
-void run(const char* op, const BatchNormCall& call, void (*kernel)(const BatchNormCall&, Arena&)) {
-  run_with_workspace(op, [&](Arena& arena) { kernel(call, arena); });
+BatchNormGradients batch_norm_gradients(const char* op, const BatchNormProblem& problem,
+                                        const Tensor& grad_output, const Tensor& input,
+                                        const Tensor& mean, const Tensor& var,
+                                        const optional<Tensor>& weight,
+                                        const optional<Tensor>& bias, double eps, bool training,
+                                        Relu relu) {
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::ScalarType type = sum_type(input);
+  const Tensor g = grad_output.contiguous(format), x = input.contiguous(format);
+  const Tensor m = channel_values(mean, type), v = channel_values(var, type);
+  const Tensor w = channel_values(weight, type), b = channel_values(bias, type);
+  const BatchNormGradients grad{
+      at::empty(input.sizes(), input.options().memory_format(format)),
+      empty_channels(input, problem.channels), empty_channels(input, problem.channels),
+      relu == Relu::none ? Tensor() : empty_channels(input, problem.channels)};
+  BatchNormCall call = describe_batch_norm(problem, input, format);
+  call.grad_output = g.const_data_ptr();
+  call.input = x.const_data_ptr();
+  call.weight = data_or_null(w);
+  call.bias = data_or_null(b);
+  call.mean = const_cast<void*>(m.const_data_ptr());
+  call.var = const_cast<void*>(v.const_data_ptr());
+  call.eps = eps;
+  call.training = training;
+  call.relu = relu;
+  call.output = grad.input.mutable_data_ptr();
+  call.grad_weight = grad.weight.mutable_data_ptr();
+  call.grad_bias = grad.bias.mutable_data_ptr();
+  call.grad_input_sum = grad.input_sum.defined() ? grad.input_sum.mutable_data_ptr() : nullptr;
+  run(op, call, cpu::batch_norm_backward);
+  return grad;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input,
                                                     const optional<Tensor>& weight,
@@ -40,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input,
   const Tensor output = at::empty(input.sizes(), input.options().memory_format(format));
   const Tensor mean = empty_channels(input, problem.channels);
   const Tensor var = empty_channels(input, problem.channels);
-  BatchNormCall call = describe(problem, input, format);
+  BatchNormCall call = describe_batch_norm(problem, input, format);
   call.input = x.const_data_ptr();
   call.weight = data_or_null(w);
   call.bias = data_or_null(b);
@@ -61,7 +98,7 @@ Tensor batch_norm_eval(const Tensor& input, const Tensor& mean, const Tensor& va
   const Tensor m = channel_values(mean, type), v = channel_values(var, type);
   const Tensor w = channel_values(weight, type), b = channel_values(bias, type);
   const Tensor output = at::empty(input.sizes(), input.options().memory_format(format));
-  BatchNormCall call = describe(problem, input, format);
+  BatchNormCall call = describe_batch_norm(problem, input, format);
   call.input = x.const_data_ptr();
   call.weight = data_or_null(w);
   call.bias = data_or_null(b);
@@ -80,28 +117,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                                                        bool training) {
   const BatchNormProblem problem =
       check_batch_norm_backward(grad_output, input, mean, var, weight, eps, training);
-  const at::MemoryFormat format = input.suggest_memory_format();
-  const at::ScalarType type = sum_type(input);
-  const Tensor g = grad_output.contiguous(format), x = input.contiguous(format);
-  const Tensor m = channel_values(mean, type), v = channel_values(var, type);
-  const Tensor w = channel_values(weight, type);
-  const Tensor grad_input = at::empty(input.sizes(), input.options().memory_format(format));
-  const Tensor grad_weight = empty_channels(input, problem.channels);
-  const Tensor grad_bias = empty_channels(input, problem.channels);
-  BatchNormCall call = describe(problem, input, format);
-  call.grad_output = g.const_data_ptr();
-  call.input = x.const_data_ptr();
-  call.weight = data_or_null(w);
-  call.mean = const_cast<void*>(m.const_data_ptr());
-  call.var = const_cast<void*>(v.const_data_ptr());
-  call.eps = eps;
-  call.training = training;
-  call.output = grad_input.mutable_data_ptr();
-  call.grad_weight = grad_weight.mutable_data_ptr();
-  call.grad_bias = grad_bias.mutable_data_ptr();
-  run("batch_norm_backward", call, cpu::batch_norm_backward);
-  const at::ScalarType parameter_type = weight ? weight->scalar_type() : type;
-  return {grad_input, grad_weight.to(parameter_type), grad_bias.to(parameter_type)};
+  const BatchNormGradients grad =
+      batch_norm_gradients("batch_norm_backward", problem, grad_output, input, mean, var, weight,
+                           std::nullopt, eps, training, Relu::none);
+  const at::ScalarType type = weight ? weight->scalar_type() : sum_type(input);
+  return {grad.input, grad.weight.to(type), grad.bias.to(type)};
 }
 
 Tensor conv2d_backward_bias(const Tensor& grad_output) {
@@ -109,7 +129,7 @@ Tensor conv2d_backward_bias(const Tensor& grad_output) {
   const at::MemoryFormat format = grad_output.suggest_memory_format();
   const Tensor g = grad_output.contiguous(format);
   const Tensor grad_bias = empty_channels(grad_output, grad_output.size(1));
-  BatchNormCall call = describe(
+  BatchNormCall call = describe_batch_norm(
       {grad_output.size(0), grad_output.size(1), grad_output.size(2) * grad_output.size(3)},
       grad_output, format);
   call.grad_output = g.const_data_ptr();

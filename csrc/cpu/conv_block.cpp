@@ -3,7 +3,7 @@
 
 #include <ATen/Functions.h>
 
-#include "common/parallel.h"
+#include "cpu/batch_norm.h"
 #include "cpu/conv2d.h"
 #include "cpu/glue.h"
 #include "tensor_args.h"
@@ -14,13 +14,6 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 using std::optional;
-
-void describe_norm(BatchNormCall& call, const Tensor& like, at::MemoryFormat format) {
-  call.dtype = dtype_of(like);
-  call.layout = layout_of(format);
-  call.isa = &kernels();
-  call.threads = num_threads();
-}
 
 // Tensors that a block's kernels read, as they want them. They must live as long as the call.
 struct Operands {
@@ -48,12 +41,11 @@ struct Operands {
     call.conv.bias = data_or_null(bias);
     describe_conv2d(call.conv, input, format);
     call.algorithm = &pick_conv2d_algorithm(op, call.conv, algorithm);
-    call.norm.problem = problem.norm();
+    call.norm = describe_batch_norm(problem.norm(), input, format);
     call.norm.weight = data_or_null(norm_weight);
     call.norm.bias = data_or_null(norm_bias);
     call.norm.eps = eps;
     call.norm.relu = problem.relu;
-    describe_norm(call.norm, input, format);
     return call;
   }
 
@@ -117,35 +109,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_backward(
   Relu relu = Relu::none;
   const BatchNormProblem problem = check_conv_block_backward(
       grad_output, activation, mean, var, norm_weight, norm_bias, eps, training, order, &relu);
-  const at::MemoryFormat format = activation.suggest_memory_format();
-  const at::ScalarType type = sum_type(activation);
-  const Tensor g = grad_output.contiguous(format), x = activation.contiguous(format);
-  const Tensor m = channel_values(mean, type), v = channel_values(var, type);
-  const Tensor w = channel_values(norm_weight, type), b = channel_values(norm_bias, type);
-  const Tensor grad_conv =
-      at::empty(activation.sizes(), activation.options().memory_format(format));
-  const Tensor grad_bias = empty_channels(activation, problem.channels);
-  const Tensor grad_norm_weight = at::empty_like(grad_bias);
-  const Tensor grad_norm_bias = at::empty_like(grad_bias);
-  BatchNormCall call{};
-  call.problem = problem;
-  describe_norm(call, activation, format);
-  call.grad_output = g.const_data_ptr();
-  call.input = x.const_data_ptr();
-  call.weight = data_or_null(w);
-  call.bias = data_or_null(b);
-  call.mean = const_cast<void*>(m.const_data_ptr());
-  call.var = const_cast<void*>(v.const_data_ptr());
-  call.eps = eps;
-  call.training = training;
-  call.relu = relu;
-  call.output = grad_conv.mutable_data_ptr();
-  call.grad_weight = grad_norm_weight.mutable_data_ptr();
-  call.grad_bias = grad_norm_bias.mutable_data_ptr();
-  call.grad_input_sum = grad_bias.mutable_data_ptr();
-  run_with_workspace("conv_block_backward",
-                     [&](Arena& arena) { batch_norm_backward(call, arena); });
-  return {grad_conv, grad_bias, grad_norm_weight, grad_norm_bias};
+  const BatchNormGradients grad =
+      batch_norm_gradients("conv_block_backward", problem, grad_output, activation, mean, var,
+                           norm_weight, norm_bias, eps, training, relu);
+  return {grad.input, grad.input_sum, grad.weight, grad.bias};
 }
 
 void register_ops(torch::Library& m) {

@@ -11,8 +11,7 @@ namespace {
 constexpr int64_t kImageColumns = 64;
 constexpr int64_t kRangeColumns = 512;  // a few rows of them stay in the first-level cache
 constexpr int64_t kMostSplits = 64;
-constexpr int64_t kSplitRows = 256;  // least rows of a split
-constexpr int64_t kFlushRows = 64;   // what a sum in T may add up before it goes into one in double
+constexpr int64_t kSplitRows = 256;   // least rows of a split
 constexpr int64_t kPieceSize = 4096;  // elements
 constexpr int64_t kSampleRows = 8;
 constexpr int kSampleBits = 10;

@@ -41,7 +41,8 @@ struct Conv2dAlgorithm {
   const char* name;
   // Null when it can do the call, else the reason it cannot.
   const char* (*declines)(const Conv2dCall&);
-  // On a counting arena it only lays out its workspace; otherwise it also computes.
+  // On a counting arena it only lays out its workspace; otherwise it also computes, and in the
+  // forward pass does what the call's epilogue asks for (see BlockEpilogue).
   void (*run)(const Conv2dCall&, Arena&);
 };
 

@@ -4,11 +4,6 @@
 #include <cmath>
 
 namespace convext::cpu {
-namespace {
-
-constexpr int64_t kFlushRows = 64;  // what a sum in T may add up before it goes into one in double
-
-}  // namespace
 
 template <class T>
 BlockEpilogue<T>::BlockEpilogue(const Conv2dCall& call, int64_t channels, int64_t ld,

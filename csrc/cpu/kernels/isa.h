@@ -16,6 +16,9 @@ namespace convext::cpu {
 // every ISA.
 constexpr int64_t kSumChain = 16;
 
+// Rows of columns that may be summed up in T before their sums go into ones in double.
+constexpr int64_t kFlushRows = 64;
+
 // The equal parts, at most kSumChain long, that a sum of n terms is cut into.
 inline int64_t chain_length(int64_t n) {
   return n <= kSumChain ? n : ceil_div(n, ceil_div(n, kSumChain));
