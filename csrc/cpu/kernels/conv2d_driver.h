@@ -13,15 +13,22 @@
 
 namespace convext::cpu {
 
+// Images of one pixel lie the same way in both layouts, of which nhwc has the longer rows.
+inline Layout image_layout(const Conv2dCall& call, int64_t height, int64_t width) {
+  return height == 1 && width == 1 ? Layout::nhwc : call.layout;
+}
+
 inline ImageTensor input_tensor(const Conv2dCall& call) {
   const Conv2dProblem& p = call.problem;
-  return {call.input, call.dtype, call.layout, p.batch, p.in_channels, p.in_height, p.in_width};
+  const Layout layout = image_layout(call, p.in_height, p.in_width);
+  return {call.input, call.dtype, layout, p.batch, p.in_channels, p.in_height, p.in_width};
 }
 
 inline ImageTensor grad_output_tensor(const Conv2dCall& call) {
   const Conv2dProblem& p = call.problem;
-  return {call.grad_output, call.dtype,     call.layout,  p.batch,
-          p.out_channels,   p.out_height(), p.out_width()};
+  const int64_t height = p.out_height(), width = p.out_width();
+  const Layout layout = image_layout(call, height, width);
+  return {call.grad_output, call.dtype, layout, p.batch, p.out_channels, height, width};
 }
 
 inline FilterBank filter_bank(const Conv2dCall& call) {
@@ -31,26 +38,26 @@ inline FilterBank filter_bank(const Conv2dCall& call) {
 
 // Gathers input pixels for output pixels.
 template <class T>
-Gather<T> forward_gather(const Conv2dCall& call, Taps taps, Cut cut, Arena& arena) {
+Gather<T> forward_gather(const Conv2dCall& call, Taps taps, Cut cut, Slab slab, Arena& arena) {
   const Conv2dProblem& p = call.problem;
   return Gather<T>(input_tensor(call), p.group_in_channels(),
                    GatherAxis::forward(p.in_height, p.out_height(), p.kernel_height,
                                        p.stride_height, p.padding_height, p.dilation_height, taps),
                    GatherAxis::forward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
                                        p.padding_width, p.dilation_width, taps),
-                   cut, arena);
+                   cut, slab, arena);
 }
 
 // Gathers output pixels for input pixels.
 template <class T>
-Gather<T> backward_gather(const Conv2dCall& call, Arena& arena) {
+Gather<T> backward_gather(const Conv2dCall& call, Slab slab, Arena& arena) {
   const Conv2dProblem& p = call.problem;
   return Gather<T>(grad_output_tensor(call), p.group_out_channels(),
                    GatherAxis::backward(p.in_height, p.out_height(), p.kernel_height,
                                         p.stride_height, p.padding_height, p.dilation_height),
                    GatherAxis::backward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
                                         p.padding_width, p.dilation_width),
-                   Cut::rows, arena);
+                   Cut::rows, slab, arena);
 }
 
 // Slots are equal shares of a list of items, at most one per thread and none too small to be worth
@@ -63,14 +70,56 @@ inline int64_t slot_count(const Conv2dCall& call, int64_t items) {
   return std::max<int64_t>(1, std::min({items, call.threads, worth}));
 }
 
-// Cuts `count` into equal tiles of at most `most` and calls body(first, size).
+// Index among the tensor's pixels of a block's first; the others follow.
+inline int64_t first_pixel(const ImageTensor& tensor, const Block& block) {
+  return (block.first_image * tensor.height + block.first_row) * tensor.width;
+}
+
+// Whether a group's pixels lie in the tensor as they do in rows of ld elements, but for the
+// distance.
+template <class T>
+bool lies_in_rows(const ImageTensor& tensor, int64_t channels, int64_t ld) {
+  return tensor.layout == Layout::nhwc && ld == channels &&
+         size_of(tensor.dtype) == int64_t(sizeof(T));
+}
+
+// Cuts `count` into nearly equal tiles of at most `most` and calls body(first, size). In 32 bits,
+// where a division takes a third of the time, since a tile may take no longer.
 template <class Body>
 void for_tiles(int64_t count, int64_t most, const Body& body) {
-  const int64_t tiles = ceil_div(count, most);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = i * count / tiles, last = (i + 1) * count / tiles;
-    body(first, int(last - first));
+  if (count <= most) {
+    if (count > 0) body(int64_t(0), int(count));
+    return;
   }
+  for (int64_t start = 0; start < count; start += int64_t(1) << 30) {
+    const uint32_t part = uint32_t(std::min(count - start, int64_t(1) << 30));
+    const uint32_t tiles = (part + uint32_t(most) - 1) / uint32_t(most);
+    const uint32_t size = part / tiles, larger = part % tiles;
+    int64_t first = start;
+    for (uint32_t i = 0; i < tiles; ++i) {
+      const int tile = int(size + (i < larger));
+      body(first, tile);
+      first += tile;
+    }
+  }
+}
+
+// A panel's part that many tiles read in turn stays in the first-level cache beside what they
+// gather.
+constexpr int64_t kPanelBytes = 16 << 10;
+
+// Cuts a sum of `terms` at multiples of its chain, so that the rows of a panel that one part needs
+// fit kPanelBytes, and calls body(first, count). Once for a sum of nothing.
+template <class Body>
+void for_sum_parts(int64_t terms, int64_t chain, int64_t row_bytes, const Body& body) {
+  const int64_t most =
+      std::max<int64_t>(1, kPanelBytes / (row_bytes * std::max<int64_t>(1, chain)));
+  const int64_t part = most * chain;
+  int64_t first = 0;
+  do {
+    body(first, std::min(part, terms - first));
+    first += part;
+  } while (first < terms);
 }
 
 // What a slot needs for one block of pixels.
@@ -86,33 +135,83 @@ struct BlockScratch {
   T* convert;  // for 16-bit tensors
 };
 
+// The filters of every group as matrices with a row per weight, cut into panels of some lanes that
+// lie one after another: [group][panel][weight][lanes of the panel].
+template <class T>
+class FilterPanels {
+ public:
+  FilterPanels(const Conv2dCall& call, bool by_filter, int64_t most_vectors,
+               const VectorKernels<T>& isa, Arena& arena)
+      : call_(call),
+        bank_(filter_bank(call)),
+        by_filter_(by_filter),
+        most_vectors_(most_vectors),
+        isa_(isa),
+        rows_(by_filter ? bank_.channels * bank_.taps : bank_.filters * bank_.taps),
+        ld_(round_up(by_filter ? bank_.filters : bank_.channels, isa.lanes)) {
+    const int64_t groups = call.problem.groups;
+    panels_ = arena.take<T>(groups * rows_ * ld_);
+    converted_ = arena.take<T>(scratch_size<T>(call.dtype, groups * bank_.size()));
+  }
+
+  void load(int64_t threads) {
+    const int64_t groups = call_.problem.groups;
+    const T* filters = static_cast<const T*>(call_.weight);
+    if (size_of(call_.dtype) != int64_t(sizeof(T))) {
+      filters = converted_;
+      run_slots(std::min(threads, groups), groups, [&](int64_t, int64_t g) {
+        isa_.load(call_.dtype, call_.weight, g * bank_.size(), converted_ + g * bank_.size(),
+                  bank_.size());
+      });
+    }
+    const auto load = by_filter_ ? load_filters_by_filter<T> : load_filters_by_channel<T>;
+    run_slots(std::min(threads, groups), groups, [&](int64_t, int64_t g) {
+      for_tiles(ld_ / isa_.lanes, most_vectors_, [&](int64_t first, int vectors) {
+        const int64_t lane = first * isa_.lanes, width = vectors * isa_.lanes;
+        load(isa_, bank_, filters + g * bank_.size(), lane, width,
+             panels_ + g * rows_ * ld_ + lane * rows_, width);
+      });
+    });
+  }
+
+  const T* group(int64_t g) const { return panels_ + g * rows_ * ld_; }
+
+ private:
+  const Conv2dCall& call_;
+  FilterBank bank_;
+  bool by_filter_;
+  int64_t most_vectors_;
+  const VectorKernels<T>& isa_;
+  int64_t rows_, ld_;
+  T *panels_, *converted_;
+};
+
 // The pass whose results are pixels: forward, or backward_input as a gather from grad_output.
 //
 // Product<T>::Scratch(gather, ld, isa, arena)    per slot
-// Product<T>(gather, ld, groups, isa, arena)     shared
+// Product<T>(gather, ld, isa)                    shared
 //   ::kTaps                                      the taps that multiply needs listed
-//   .prepare(group, filters)                     filters[tap][ld], kept by the driver
-//   .multiply(group, block, slab, bias, rows, scratch)
+//   ::panel_vectors(isa, ld)                     of the panels that multiply reads
+//   .multiply(block, slab, filters, bias, rows, ld_rows, scratch)
 template <class T, template <class> class Product>
 void compute_pixels(const Conv2dCall& call, Arena& arena) {
   const VectorKernels<T>& isa = call.isa->of<T>();
   const Conv2dProblem& p = call.problem;
   const bool forward = call.pass == Conv2dPass::forward;
-  const Gather<T> gather = forward ? forward_gather<T>(call, Product<T>::kTaps, Cut::rows, arena)
-                                   : backward_gather<T>(call, arena);
+  const Gather<T> gather =
+      forward ? forward_gather<T>(call, Product<T>::kTaps, Cut::rows, Slab::as_source, arena)
+              : backward_gather<T>(call, Slab::as_source, arena);
   const ImageTensor target = forward ? grad_output_tensor(call) : input_tensor(call);
   const int64_t channels = target.channels / p.groups;
   const int64_t ld = round_up(channels, isa.lanes);
-  const int64_t filter_size = gather.tap_total() * ld;
-  const FilterBank bank = filter_bank(call);
+  // Results that lie in the output as they do in rows are computed there.
+  const bool in_place = lies_in_rows<T>(target, channels, ld) && !call.epilogue;
   const int64_t items = p.groups * gather.block_count();
   const int64_t slots = slot_count(call, items);
 
-  T* filters = arena.take<T>(p.groups * filter_size);
+  FilterPanels<T> filters(call, forward, Product<T>::panel_vectors(isa, ld), isa, arena);
   T* bias = arena.take<T>(call.bias ? p.groups * ld : 0);
-  const int64_t bank_scratch = scratch_size<T>(call.dtype, bank.size());
-  T* filter_scratch = arena.take<T>(slots * bank_scratch);
-  Product<T> product(gather, ld, p.groups, isa, arena);
+  const Product<T> product(gather, ld, isa);
   BlockEpilogue<T> epilogue(call, channels, ld, gather.block_count(), isa, arena);
   using ProductScratch = typename Product<T>::Scratch;
   using EpilogueScratch = typename BlockEpilogue<T>::Scratch;
@@ -123,16 +222,13 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   char* parts = arena.take_parts(slots, part);
   if (arena.counting()) return;
 
-  run_slots(std::min(slots, p.groups), p.groups, [&](int64_t slot, int64_t g) {
-    const auto load = forward ? load_filters_by_filter<T> : load_filters_by_channel<T>;
-    load(isa, bank, call.weight, g * bank.size(), filters + g * filter_size, ld,
-         filter_scratch + slot * bank_scratch);
-    product.prepare(g, filters + g * filter_size);
+  filters.load(slots);
+  for (int64_t g = 0; g < p.groups; ++g) {
     if (call.epilogue) epilogue.prepare(g);
-    if (!call.bias) return;
+    if (!call.bias) continue;
     isa.load(call.dtype, call.bias, g * channels, bias + g * ld, channels);
     std::fill(bias + g * ld + channels, bias + (g + 1) * ld, T(0));
-  });
+  }
   run_slots(slots, items, [&](int64_t slot, int64_t item) {
     Arena own(parts + slot * part.used());
     const BlockScratch<T> scratch(call, gather, ld, own);
@@ -141,9 +237,16 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
     const int64_t g = item / gather.block_count(), index = item % gather.block_count();
     const Block block = gather.block(index);
     const int64_t source_channel = g * (forward ? p.group_in_channels() : p.group_out_channels());
-    const T* slab = gather.fill(isa, block, source_channel, scratch.slab);
-    product.multiply(g, block, slab, call.bias ? bias + g * ld : nullptr, scratch.rows,
-                     product_scratch);
+    const T* slab = gather.fill(isa, block, source_channel, scratch.slab,
+                                item > first_item(slot, slots, items));
+    const T* start = call.bias ? bias + g * ld : nullptr;
+    if (in_place) {
+      T* pixels = static_cast<T*>(call.output) + first_pixel(target, block) * target.channels;
+      product.multiply(block, slab, filters.group(g), start, pixels + g * channels, target.channels,
+                       product_scratch);
+      return;
+    }
+    product.multiply(block, slab, filters.group(g), start, scratch.rows, ld, product_scratch);
     if (call.epilogue) {
       epilogue.apply(g, index, scratch.rows, gather.pixels(block), epilogue_scratch);
     }
@@ -158,7 +261,9 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
 //
 // Product<T>::Scratch                            as above
 //   ::most_lanes(isa, range)                     filters that one accumulate call takes at most
-//   ::accumulate(gather, block, slab, rows, width, add, partial, ld, isa, scratch)
+//   ::accumulate(gather, block, slab, rows, width, ld_rows, add, partial, ld, isa, scratch)
+//                                                adds up, or sets, the rows of partial that belong
+//                                                to the gather's taps
 template <class T, template <class> class Product>
 void compute_weights(const Conv2dCall& call, Arena& arena) {
   constexpr int64_t kRange = 64;  // filters that one item computes
@@ -166,10 +271,13 @@ void compute_weights(const Conv2dCall& call, Arena& arena) {
   constexpr int64_t kMostPartials = int64_t(1) << 22;  // elements
   const VectorKernels<T>& isa = call.isa->of<T>();
   const Conv2dProblem& p = call.problem;
-  const Gather<T> gather = forward_gather<T>(call, Taps::all, Cut::rows, arena);
+  const Gather<T> gather =
+      forward_gather<T>(call, Product<T>::kTaps, Cut::rows, Slab::as_source, arena);
   const ImageTensor grad_output = grad_output_tensor(call);
   const int64_t filters = p.group_out_channels();
   const int64_t ld = round_up(filters, isa.lanes);
+  // Long rows would share the sets of the first-level cache.
+  const bool in_place = lies_in_rows<T>(grad_output, filters, ld) && grad_output.channels <= 128;
   const int64_t taps = gather.tap_total();
   const int64_t blocks = gather.block_count();
   const int64_t affordable = kMostPartials / std::max<int64_t>(1, p.groups * taps * ld);
@@ -199,16 +307,31 @@ void compute_weights(const Conv2dCall& call, Arena& arena) {
     const int64_t split = item / ranges / p.groups;
     const int64_t first_block = split * blocks / splits;
     T* partial = partials + (split * p.groups + g) * taps * ld;
-    if (blocks == 0 && range == 0) std::fill(partial, partial + taps * ld, T(0));  // an empty batch
+    const int64_t first_lane = range * kRange, end_lane = std::min(ld, first_lane + kRange);
+    // Taps that meet only padding, or all of them in an empty batch.
+    if (blocks == 0 || gather.tap_count(0) < taps) {
+      for (int64_t t = 0; t < taps; ++t) {
+        std::fill(partial + t * ld + first_lane, partial + t * ld + end_lane, T(0));
+      }
+    }
     for (int64_t b = first_block; b < (split + 1) * blocks / splits; ++b) {
       const Block block = gather.block(b);
-      const T* slab = gather.fill(isa, block, g * p.group_in_channels(), scratch.slab);
-      for (int64_t lane = range * kRange; lane < std::min(ld, (range + 1) * kRange);) {
-        const int64_t lanes = std::min(width, std::min(ld, (range + 1) * kRange) - lane);
+      const T* slab = gather.fill(isa, block, g * p.group_in_channels(), scratch.slab,
+                                  b > first_block || item > first_item(slot, slots, items));
+      for (int64_t lane = first_lane; lane < end_lane;) {
+        const int64_t lanes = std::min(width, end_lane - lane);
         const int64_t channels = std::min(lanes, filters - lane);
-        load_block(isa, grad_output, block, g * filters + lane, channels, scratch.rows, lanes,
-                   scratch.convert);
-        Product<T>::accumulate(gather, block, slab, scratch.rows, lanes, b > first_block,
+        const T* rows = scratch.rows;
+        int64_t ld_rows = lanes;
+        if (in_place) {
+          ld_rows = grad_output.channels;
+          rows = static_cast<const T*>(call.grad_output) +
+                 first_pixel(grad_output, block) * ld_rows + g * filters + lane;
+        } else {
+          load_block(isa, grad_output, block, g * filters + lane, channels, scratch.rows, lanes,
+                     scratch.convert);
+        }
+        Product<T>::accumulate(gather, block, slab, rows, lanes, ld_rows, b > first_block,
                                partial + lane, ld, isa, product_scratch);
         lane += lanes;
       }

@@ -9,7 +9,7 @@ namespace {
 // A block's slab stays in the second-level cache; its pixels make the tiles worth their set-up.
 // Both are constants, so that the cut, and with it every bit of a result, depends on the shape
 // alone.
-constexpr int64_t kSlabBytes = 192 << 10;
+constexpr int64_t kSlabBytes = 768 << 10;
 constexpr int64_t kBlockPixels = 256;
 
 int64_t floor_mod(int64_t a, int64_t b) {
@@ -83,46 +83,39 @@ int64_t GatherAxis::tap(int64_t k, int64_t residue) const {
   return meets(k, residue, &position) ? position - origin : -1;
 }
 
-// Rows are often a few elements long, where a call to memcpy costs more than the copy.
-template <class T>
-inline void copy_short(const T* from, int64_t n, T* to) {
-  constexpr int64_t kWide = 32 / sizeof(T);
-  for (; n >= kWide; n -= kWide, from += kWide, to += kWide) {
-    std::memcpy(to, from, kWide * sizeof(T));
-  }
-  for (int64_t part = kWide / 2; part > 0; part /= 2) {
-    if ((n & part) == 0) continue;
-    std::memcpy(to, from, part * sizeof(T));
-    from += part;
-    to += part;
-  }
-}
-
 template <class T>
 Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, GatherAxis x, Cut cut,
-                  Arena& arena)
+                  Slab slab, Arena& arena)
     : source_(source), channels_(channels), y_(y), x_(x) {
-  in_place_ =
-      cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() && x.inside();
+  const bool by_phase = slab == Slab::by_phase;
+  if (by_phase) source_.layout = Layout::nchw;  // so do images of one pixel lie in any layout
+  const int64_t phases_y = by_phase ? y.source_step : 1, phases_x = by_phase ? x.source_step : 1;
+  in_place_ = cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() &&
+              x.inside() && phases_y == 1 && phases_x == 1;
   choose_blocks(cut);
   slab_height_ = y_.slab_size(block_rows_);
   slab_width_ = x_.slab_size(x_.target_size);
-  const int64_t width = in_place_ ? source.width : slab_width_;
-  const int64_t height = in_place_ ? source.height : slab_height_;
+  const int64_t width = in_place_ ? source.width : round_up(slab_width_, phases_x);
+  const int64_t height = in_place_ ? source.height : round_up(slab_height_, phases_y);
   const int64_t depth = in_place_ ? source.channels : channels;
   if (__builtin_mul_overflow(height, width, &stride_c_) ||
       __builtin_mul_overflow(stride_c_, depth, &stride_n_)) {
     arena.take<T>(-1);  // more than 64 bits can address
     stride_n_ = stride_c_ = 0;
   }
-  if (source.layout == Layout::nchw) {
-    stride_h_ = width;
+  if (source_.layout == Layout::nchw) {
+    stride_h_ = width / phases_x;
     stride_w_ = 1;
   } else {
     stride_c_ = 1;
     stride_h_ = width * depth;
     stride_w_ = depth;
   }
+  const int64_t phase = height / phases_y * stride_h_;
+  row_ = {phases_y, phases_x * phase, stride_h_};
+  column_ = {phases_x, phase, stride_w_};
+  row_step_ = y.source_step / phases_y * stride_h_;
+  column_step_ = x.source_step / phases_x * stride_w_;
   list_taps(arena);
   list_pixels(arena);
 }
@@ -178,7 +171,7 @@ void Gather<T>::list_taps(Arena& arena) {
         for (int64_t kx = 0; kx < x_.kernel; ++kx) {
           const int64_t tap_x = x_.tap(kx, residue_x);
           if (tap_x < 0) continue;
-          taps_[count] = c * stride_c_ + tap_y * stride_h_ + tap_x * stride_w_;
+          taps_[count] = c * stride_c_ + row_.offset(tap_y) + column_.offset(tap_x);
           tap_weights_[count] = (c * y_.kernel + ky) * x_.kernel + kx;
           ++count;
         }
@@ -206,8 +199,7 @@ void Gather<T>::list_pixels(Arena& arena) {
         const int64_t y = residue_y + i * y_.classes;
         for (int64_t j = 0; j < columns; ++j) {
           const int64_t x = residue_x + j * x_.classes;
-          pixel_sources_[count] =
-              n * stride_n_ + i * y_.source_step * stride_h_ + j * x_.source_step * stride_w_;
+          pixel_sources_[count] = n * stride_n_ + i * row_step_ + j * column_step_;
           pixel_targets_[count] = (n * block_rows_ + y) * width + x;
           ++count;
         }
@@ -219,60 +211,70 @@ void Gather<T>::list_pixels(Arena& arena) {
 // Blocks hold either several whole images or rows of one, so a smaller last block is a prefix.
 template <class T>
 int64_t Gather<T>::pixel_count(const Block& b, int64_t residue) const {
-  return b.images * y_.class_count(b.rows, residue / x_.classes) *
-         x_.class_count(x_.target_size, residue % x_.classes);
+  return b.images * pixel_rows(b, residue) * pixel_columns(residue);
 }
 
 template <class T>
 const T* Gather<T>::fill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel,
-                         T* slab) const {
+                         T* slab, bool refill) const {
   const int64_t top = y_.slab_start(b.first_row), left = x_.slab_start(0);
   const bool nchw = source_.layout == Layout::nchw;
   if (in_place_) {
     const T* image = static_cast<const T*>(source_.data) + b.first_image * stride_n_;
     return image + first_channel * stride_c_ + top * stride_h_ + left * stride_w_;
   }
-  const int64_t first = std::clamp<int64_t>(-left, 0, slab_width_);  // columns inside the source
-  const int64_t last = std::clamp<int64_t>(source_.width - left, first, slab_width_);
+  // Positions of the slab that lie in the source.
   const int64_t height = y_.slab_size(b.rows);
+  const int64_t first = std::clamp<int64_t>(-left, 0, slab_width_);
+  const int64_t columns = std::clamp<int64_t>(source_.width - left, first, slab_width_) - first;
+  const int64_t first_row = std::clamp<int64_t>(-top, 0, height);
+  const int64_t rows = std::clamp<int64_t>(source_.height - top, first_row, height) - first_row;
+  const bool padded = columns < slab_width_ || rows < height;
+  if (padded && !(refill && refillable())) std::fill(slab, slab + b.images * stride_n_, T(0));
   const bool same_type = size_of(source_.dtype) == int64_t(sizeof(T));
-  const auto read = [&](int64_t offset, int64_t n, T* to) {
+  // A matrix of the source's elements, the first of them at `offset`, to a part of the slab.
+  const auto copy = [&](int64_t offset, PhasedCopy<T> c) {
     if (same_type) {
-      copy_short(static_cast<const T*>(source_.data) + offset, n, to);
-    } else {
-      isa.load(source_.dtype, source_.data, offset, to, n);
-    }
-  };
-  // One row of pixels of one image, of one channel (nchw) or of all the group's (nhwc), which lies
-  // in the source from element `offset` on.
-  const auto fill_row = [&](int64_t offset, T* row) {
-    for (T* p = row; p < row + first * stride_w_; ++p) *p = T(0);
-    for (T* p = row + last * stride_w_; p < row + slab_width_ * stride_w_; ++p) *p = T(0);
-    if (nchw || channels_ == source_.channels) {
-      read(offset, (last - first) * stride_w_, row + first * stride_w_);
+      c.from = static_cast<const T*>(source_.data) + offset;
+      isa.phased_copy(c);
       return;
     }
-    for (int64_t x = first; x < last; ++x, offset += source_.channels) {
-      read(offset, channels_, row + x * stride_w_);
+    constexpr int64_t kPiece = 256;
+    T piece[kPiece];
+    PhasedCopy<T> part = c;
+    part.from = piece;
+    part.rows = 1;
+    for (int64_t r = 0; r < c.rows; ++r, ++part.first_row) {
+      for (int64_t x = 0; x < c.cols; x += kPiece) {
+        part.cols = std::min(kPiece, c.cols - x);
+        part.first_col = c.first_col + x;
+        isa.load(source_.dtype, source_.data, offset + r * c.ld_from + x, piece, part.cols);
+        isa.phased_copy(part);
+      }
     }
   };
-  const int64_t top_rows = std::clamp<int64_t>(-top, 0, height);  // above the source
-  const int64_t end_rows = std::clamp<int64_t>(source_.height - top, top_rows, height);
-  const int64_t source_row = source_.width * (nchw ? 1 : source_.channels);
   for (int64_t n = 0; n < b.images; ++n) {
-    for (int64_t c = 0; c < (nchw ? channels_ : 1); ++c) {
-      T* plane = slab + n * stride_n_ + c * (nchw ? stride_c_ : 0);
-      const int64_t image = b.first_image + n;
-      const int64_t plane_start =
-          nchw ? (image * source_.channels + first_channel + c) * source_.height * source_.width
-               : image * source_.height * source_row + first_channel;
-      int64_t offset = plane_start + (top + top_rows) * source_row +
-                       (left + first) * (nchw ? 1 : source_.channels);
-      std::fill(plane, plane + top_rows * stride_h_, T(0));
-      for (int64_t y = top_rows; y < end_rows; ++y, offset += source_row) {
-        fill_row(offset, plane + y * stride_h_);
+    const int64_t image = b.first_image + n;
+    T* to = slab + n * stride_n_;
+    if (nchw) {
+      for (int64_t c = 0; c < channels_; ++c) {
+        const int64_t plane = (image * source_.channels + first_channel + c) * source_.height;
+        copy((plane + top + first_row) * source_.width + left + first,
+             {nullptr, source_.width, rows, columns, to + c * stride_c_, row_, column_, first_row,
+              first});
       }
-      std::fill(plane + end_rows * stride_h_, plane + height * stride_h_, T(0));
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t line = (image * source_.height + top + first_row + r) * source_.width;
+      const int64_t offset = (line + left + first) * source_.channels + first_channel;
+      T* row = to + (first_row + r) * stride_h_ + first * stride_w_;
+      const PhasedAxis pixel{1, 0, channels_}, channel{1, 0, 1};
+      if (channels_ == source_.channels) {
+        copy(offset, {nullptr, 0, 1, columns * channels_, row, pixel, channel, 0, 0});
+      } else {
+        copy(offset, {nullptr, source_.channels, columns, channels_, row, pixel, channel, 0, 0});
+      }
     }
   }
   return slab;

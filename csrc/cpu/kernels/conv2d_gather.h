@@ -20,6 +20,11 @@
 
 namespace convext::cpu {
 
+// How a slab lies in memory: as the source does, or, for nchw, with the positions that are equal
+// modulo the source's step side by side, so that the elements which neighbouring targets meet at
+// one tap are neighbours.
+enum class Slab { as_source, by_phase };
+
 // Which kernel positions a gather lists: small images have some that meet nothing but padding.
 enum class Taps { all, needed };
 
@@ -66,6 +71,8 @@ struct GatherAxis {
   void span_taps();  // sets origin, reach and meets_all
 };
 
+constexpr int64_t kSlabPadding = 64;  // elements
+
 // Some images, or some rows of one image, of the gather's target.
 struct Block {
   int64_t first_image, images, first_row, rows;
@@ -81,11 +88,12 @@ class Gather {
   // Lays its lists out in the arena, and fills them unless the arena counts. `channels` is the
   // number of source channels of one group: the geometry is the same for every group.
   Gather(const ImageTensor& source, int64_t channels, GatherAxis y, GatherAxis x, Cut cut,
-         Arena& arena);
+         Slab slab, Arena& arena);
 
   int64_t block_count() const { return blocks_across_ * blocks_down_; }
   Block block(int64_t index) const;
   int64_t pixels(const Block& b) const { return b.images * b.rows * x_.target_size; }
+  int64_t most_rows() const { return block_rows_; }
   int64_t most_pixels() const { return block_images_ * block_rows_ * x_.target_size; }
 
   int64_t classes() const { return y_.classes * x_.classes; }
@@ -104,6 +112,13 @@ class Gather {
   // Pixels of a class within a block, in the order image, row, column: slab offsets, and indices
   // among the block's pixels.
   int64_t pixel_count(const Block& b, int64_t residue) const;
+  // Of one image.
+  int64_t pixel_rows(const Block& b, int64_t residue) const {
+    return y_.class_count(b.rows, residue / x_.classes);
+  }
+  int64_t pixel_columns(int64_t residue) const {
+    return x_.class_count(x_.target_size, residue % x_.classes);
+  }
   const int64_t* pixel_sources(int64_t residue) const {
     return pixel_sources_ + pixel_start_[residue];
   }
@@ -111,11 +126,22 @@ class Gather {
     return pixel_targets_ + pixel_start_[residue];
   }
 
-  // Elements of a slab; 0 when blocks are read in place.
-  int64_t slab_size() const { return in_place_ ? 0 : block_images_ * stride_n_; }
+  // Elements of a slab; 0 when blocks are read in place. Past its end there is room for a vector.
+  int64_t slab_size() const { return in_place_ ? 0 : block_images_ * stride_n_ + kSlabPadding; }
+  bool in_place() const { return in_place_; }
+  // Slab distances of images, and with Slab::by_phase of the sources of two rows of targets; those
+  // of neighbours in a row are neighbours.
+  int64_t image_stride() const { return stride_n_; }
+  int64_t row_pitch() const { return row_step_; }
+  int64_t row_classes() const { return y_.classes; }
+  int64_t column_classes() const { return x_.classes; }
   // The slab of a block and of the channels from `first_channel` on: the source itself where
-  // nothing needs padding or conversion, else a copy made in `slab`.
-  const T* fill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel, T* slab) const;
+  // nothing needs padding or conversion, else a copy made in `slab`. With `refill` the slab was
+  // filled before, for a block as high and with no fewer images.
+  const T* fill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel, T* slab,
+                bool refill) const;
+  // Whether every block has the same padding, so that one slab can be filled again.
+  bool refillable() const { return block_rows_ == y_.target_size; }
   // The transpose of fill: writes the unpadded part of a slab to a tensor of the source's shape.
   void unfill(const VectorKernels<T>& isa, const Block& b, int64_t first_channel, const T* slab,
               void* data) const;
@@ -132,6 +158,8 @@ class Gather {
   int64_t block_images_, block_rows_, blocks_across_, blocks_down_;
   int64_t stride_n_, stride_c_, stride_h_, stride_w_;  // of the slab
   int64_t slab_height_, slab_width_;
+  PhasedAxis row_, column_;         // where a position is in a plane; one phase but for by_phase
+  int64_t row_step_, column_step_;  // slab distances of the sources of neighbouring targets
   int64_t *tap_start_, *taps_, *tap_weights_;
   int64_t *pixel_start_, *pixel_sources_, *pixel_targets_;
 };

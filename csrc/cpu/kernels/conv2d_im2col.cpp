@@ -50,38 +50,36 @@ class Im2colProduct {
     GemmWorkspace<T> forward, backward;
   };
 
-  Im2colProduct(const Gather<T>& gather, int64_t ld, int64_t groups, const VectorKernels<T>&,
-                Arena& arena)
-      : gather_(gather), ld_(ld), filters_(arena.take<const T*>(groups)) {}
+  Im2colProduct(const Gather<T>& gather, int64_t ld, const VectorKernels<T>&)
+      : gather_(gather), ld_(ld) {}
 
-  void prepare(int64_t group, const T* filters) { filters_[group] = filters; }
+  static int64_t panel_vectors(const VectorKernels<T>& isa, int64_t ld) { return ld / isa.lanes; }
 
-  void multiply(int64_t group, const Block& block, const T* slab, const T* bias, T* rows,
-                const Scratch& scratch) const {
+  void multiply(const Block& block, const T* slab, const T* filters, const T* bias, T* rows,
+                int64_t ld_rows, const Scratch& scratch) const {
     const int64_t pixels = gather_.pixels(block), taps = gather_.tap_total();
     im2col(gather_, 0, pixels, slab, scratch.columns);
     if (bias) {
-      for (int64_t p = 0; p < pixels; ++p) std::copy_n(bias, ld_, rows + p * ld_);
+      for (int64_t p = 0; p < pixels; ++p) std::copy_n(bias, ld_, rows + p * ld_rows);
     }
-    gemm<T>(pixels, ld_, taps, {scratch.columns, taps, 1}, {filters_[group], ld_, 1}, rows, ld_,
+    gemm<T>(pixels, ld_, taps, {scratch.columns, taps, 1}, {filters, ld_, 1}, rows, ld_rows,
             /*accumulate=*/bias != nullptr, scratch.forward);
   }
 
   static int64_t most_lanes(const VectorKernels<T>&, int64_t range) { return range; }
 
   static void accumulate(const Gather<T>& gather, const Block& block, const T* slab, const T* rows,
-                         int64_t width, bool add, T* partial, int64_t ld, const VectorKernels<T>&,
-                         const Scratch& scratch) {
+                         int64_t width, int64_t ld_rows, bool add, T* partial, int64_t ld,
+                         const VectorKernels<T>&, const Scratch& scratch) {
     const int64_t pixels = gather.pixels(block), taps = gather.tap_total();
     im2col(gather, 0, pixels, slab, scratch.columns);
-    gemm<T>(taps, width, pixels, {scratch.columns, 1, taps}, {rows, width, 1}, partial, ld, add,
+    gemm<T>(taps, width, pixels, {scratch.columns, 1, taps}, {rows, ld_rows, 1}, partial, ld, add,
             scratch.backward);
   }
 
  private:
   const Gather<T>& gather_;
   int64_t ld_;
-  const T** filters_;
 };
 
 // backward_input: columns[pixel][tap] = grad_output[pixel][filter] * filters[tap][filter]^T,
@@ -94,18 +92,16 @@ void scatter_pixels(const Conv2dCall& call, Arena& arena) {
   const Conv2dProblem& p = call.problem;
   Conv2dCall target = call;
   target.input = nullptr;  // only its shape counts here: the gather's source is what is computed
-  const Gather<T> gather = forward_gather<T>(target, Taps::all, Cut::whole_images, arena);
+  const Gather<T> gather =
+      forward_gather<T>(target, Taps::all, Cut::whole_images, Slab::as_source, arena);
   const ImageTensor grad_output = grad_output_tensor(call);
-  const FilterBank bank = filter_bank(call);
   const int64_t filters = p.group_out_channels(), taps = gather.tap_total();
   const int64_t ld = round_up(filters, isa.lanes);
   const int64_t chunk = std::min(kChunk, gather.most_pixels());
   const int64_t items = p.groups * gather.block_count();
   const int64_t slots = slot_count(call, items);
 
-  T* matrices = arena.take<T>(p.groups * taps * ld);
-  const int64_t bank_scratch = scratch_size<T>(call.dtype, bank.size());
-  T* filter_scratch = arena.take<T>(slots * bank_scratch);
+  FilterPanels<T> panels(call, /*by_filter=*/true, ld / isa.lanes, isa, arena);
   Arena part(nullptr);
   BlockScratch<T>(call, gather, ld, part);
   part.take<T>(chunk * taps);
@@ -113,10 +109,7 @@ void scatter_pixels(const Conv2dCall& call, Arena& arena) {
   char* parts = arena.take_parts(slots, part);
   if (arena.counting()) return;
 
-  run_slots(std::min(slots, p.groups), p.groups, [&](int64_t slot, int64_t g) {
-    load_filters_by_filter(isa, bank, call.weight, g * bank.size(), matrices + g * taps * ld, ld,
-                           filter_scratch + slot * bank_scratch);
-  });
+  panels.load(slots);
   run_slots(slots, items, [&](int64_t slot, int64_t item) {
     Arena own(parts + slot * part.used());
     const BlockScratch<T> scratch(call, gather, ld, own);
@@ -128,8 +121,8 @@ void scatter_pixels(const Conv2dCall& call, Arena& arena) {
     std::fill(scratch.slab, scratch.slab + gather.slab_size(), T(0));
     for (int64_t first = 0; first < gather.pixels(block); first += chunk) {
       const int64_t count = std::min(chunk, gather.pixels(block) - first);
-      gemm<T>(count, taps, filters, {scratch.rows + first * ld, ld, 1},
-              {matrices + g * taps * ld, 1, ld}, columns, taps, /*accumulate=*/false, workspace);
+      gemm<T>(count, taps, filters, {scratch.rows + first * ld, ld, 1}, {panels.group(g), 1, ld},
+              columns, taps, /*accumulate=*/false, workspace);
       col2im(gather, first, count, columns, scratch.slab);
     }
     gather.unfill(isa, block, g * p.group_in_channels(), scratch.slab, call.output);

@@ -13,15 +13,6 @@ void clear_columns(T* rows, int64_t count, int64_t ld, int64_t first) {
   for (int64_t i = 0; i < count; ++i) std::fill(rows + i * ld + first, rows + (i + 1) * ld, T(0));
 }
 
-// n elements of a tensor as T: where they are when the type is the same, else converted to scratch.
-template <class T>
-const T* as_type(const VectorKernels<T>& isa, DType dtype, const void* data, int64_t offset,
-                 int64_t n, T* scratch) {
-  if (size_of(dtype) == int64_t(sizeof(T))) return static_cast<const T*>(data) + offset;
-  isa.load(dtype, data, offset, scratch, n);
-  return scratch;
-}
-
 }  // namespace
 
 template <class T>
@@ -83,37 +74,38 @@ void store_block(const VectorKernels<T>& isa, const ImageTensor& tensor, const B
 }
 
 template <class T>
-void load_filters_by_filter(const VectorKernels<T>& isa, const FilterBank& bank, const void* data,
-                            int64_t offset, T* matrix, int64_t ld, T* scratch) {
-  const T* filters = as_type(isa, bank.dtype, data, offset, bank.size(), scratch);
-  const int64_t filter_size = bank.channels * bank.taps;
+void load_filters_by_filter(const VectorKernels<T>& isa, const FilterBank& bank, const T* filters,
+                            int64_t first, int64_t count, T* matrix, int64_t ld) {
+  const int64_t size = bank.channels * bank.taps;
+  const int64_t there = std::min(count, bank.filters - first);
+  filters += first * size;
   if (bank.layout == Layout::nchw) {
-    isa.transpose(filters, filter_size, matrix, ld, bank.filters, filter_size);
+    isa.transpose(filters, size, matrix, ld, there, size);
   } else {
     for (int64_t tap = 0; tap < bank.taps; ++tap) {
-      isa.transpose(filters + tap * bank.channels, filter_size, matrix + tap * ld, bank.taps * ld,
-                    bank.filters, bank.channels);
+      isa.transpose(filters + tap * bank.channels, size, matrix + tap * ld, bank.taps * ld, there,
+                    bank.channels);
     }
   }
-  clear_columns(matrix, filter_size, ld, bank.filters);
+  clear_columns(matrix, size, ld, there);
 }
 
 template <class T>
-void load_filters_by_channel(const VectorKernels<T>& isa, const FilterBank& bank, const void* data,
-                             int64_t offset, T* matrix, int64_t ld, T* scratch) {
-  const T* filters = as_type(isa, bank.dtype, data, offset, bank.size(), scratch);
+void load_filters_by_channel(const VectorKernels<T>& isa, const FilterBank& bank, const T* filters,
+                             int64_t first, int64_t count, T* matrix, int64_t ld) {
   const int64_t rows = bank.filters * bank.taps;
+  const int64_t there = std::min(count, bank.channels - first);
   if (bank.layout == Layout::nchw) {
     for (int64_t filter = 0; filter < bank.filters; ++filter) {
-      isa.transpose(filters + filter * bank.channels * bank.taps, bank.taps,
-                    matrix + filter * bank.taps * ld, ld, bank.channels, bank.taps);
+      isa.transpose(filters + (filter * bank.channels + first) * bank.taps, bank.taps,
+                    matrix + filter * bank.taps * ld, ld, there, bank.taps);
     }
   } else {
     for (int64_t row = 0; row < rows; ++row) {
-      std::copy_n(filters + row * bank.channels, bank.channels, matrix + row * ld);
+      std::copy_n(filters + row * bank.channels + first, there, matrix + row * ld);
     }
   }
-  clear_columns(matrix, rows, ld, bank.channels);
+  clear_columns(matrix, rows, ld, there);
 }
 
 template <class T>
@@ -138,10 +130,10 @@ void store_filters(const VectorKernels<T>& isa, const FilterBank& bank, const T*
                            int64_t, T*, int64_t, T*);                                            \
   template void store_block(const VectorKernels<T>&, const ImageTensor&, const Block&, int64_t,  \
                             int64_t, const T*, int64_t, T*, void*);                              \
-  template void load_filters_by_filter(const VectorKernels<T>&, const FilterBank&, const void*,  \
-                                       int64_t, T*, int64_t, T*);                                \
-  template void load_filters_by_channel(const VectorKernels<T>&, const FilterBank&, const void*, \
-                                        int64_t, T*, int64_t, T*);                               \
+  template void load_filters_by_filter(const VectorKernels<T>&, const FilterBank&, const T*,     \
+                                       int64_t, int64_t, T*, int64_t);                           \
+  template void load_filters_by_channel(const VectorKernels<T>&, const FilterBank&, const T*,    \
+                                        int64_t, int64_t, T*, int64_t);                          \
   template void store_filters(const VectorKernels<T>&, const FilterBank&, const T*, int64_t, T*, \
                               void*, int64_t);
 CONVEXT_INSTANTIATE(float)

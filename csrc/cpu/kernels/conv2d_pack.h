@@ -40,19 +40,28 @@ struct FilterBank {
   int64_t size() const { return filters * channels * taps; }
 };
 
-// matrix[channel * taps + tap][filter], rows ld elements apart, columns past `filters` zero.
-// `scratch` holds bank.size() elements, for 16-bit types only.
+// matrix[channel * taps + tap][filter] for the filters [first, first + count), rows ld elements
+// apart, columns past the last filter of the group zero. `filters` is the group's.
 template <class T>
-void load_filters_by_filter(const VectorKernels<T>& isa, const FilterBank& bank, const void* data,
-                            int64_t offset, T* matrix, int64_t ld, T* scratch);
-// matrix[filter * taps + tap][channel], likewise.
+void load_filters_by_filter(const VectorKernels<T>& isa, const FilterBank& bank, const T* filters,
+                            int64_t first, int64_t count, T* matrix, int64_t ld);
+// matrix[filter * taps + tap][channel] for the channels [first, first + count), likewise.
 template <class T>
-void load_filters_by_channel(const VectorKernels<T>& isa, const FilterBank& bank, const void* data,
-                             int64_t offset, T* matrix, int64_t ld, T* scratch);
-// The inverse of load_filters_by_filter.
+void load_filters_by_channel(const VectorKernels<T>& isa, const FilterBank& bank, const T* filters,
+                             int64_t first, int64_t count, T* matrix, int64_t ld);
+// The inverse of load_filters_by_filter, for all filters.
 template <class T>
 void store_filters(const VectorKernels<T>& isa, const FilterBank& bank, const T* matrix, int64_t ld,
                    T* scratch, void* data, int64_t offset);
+
+// n elements of a tensor as T: where they are when the type is the same, else converted to scratch.
+template <class T>
+const T* as_type(const VectorKernels<T>& isa, DType dtype, const void* data, int64_t offset,
+                 int64_t n, T* scratch) {
+  if (size_of(dtype) == int64_t(sizeof(T))) return static_cast<const T*>(data) + offset;
+  isa.load(dtype, data, offset, scratch, n);
+  return scratch;
+}
 
 // Elements of scratch that the dtype makes necessary.
 template <class T>

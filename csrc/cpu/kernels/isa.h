@@ -10,42 +10,51 @@
 
 namespace convext::cpu {
 
-// Every long sum is cut into chains of at most this length, which are then added up: the error of
-// one chain of n terms grows with n, that of the cut one with sqrt(n) as long as n is below the
-// square of the cut. A constant, so that the order of a sum, and with it every bit, is the same on
-// every ISA.
-constexpr int64_t kSumChain = 16;
+// Every long sum is cut into chains, which are then added up: the error of one chain of n terms
+// grows with n, that of chains of sqrt(n) terms with sqrt(n). The cut depends on n alone, so that
+// the order of a sum, and with it every bit, is the same on every ISA.
+constexpr int64_t kSumChain = 16;    // of values added up
+constexpr int64_t kTapChain = 64;    // of products over taps, at least
+constexpr int64_t kPixelChain = 32;  // of products over pixels, at least
 
 // Rows of columns that may be summed up in T before their sums go into ones in double.
 constexpr int64_t kFlushRows = 64;
 
-// The equal parts, at most kSumChain long, that a sum of n terms is cut into.
-inline int64_t chain_length(int64_t n) {
-  return n <= kSumChain ? n : ceil_div(n, ceil_div(n, kSumChain));
+// The equal parts that a sum of n products is cut into: of about sqrt(n) terms, but of no fewer
+// than `least` where n allows.
+inline int64_t chain_length(int64_t n, int64_t least) {
+  int64_t most = least;
+  while (most * most < n) most += least;
+  return n <= most ? n : ceil_div(n, ceil_div(n, most));
 }
 
-// A block of a matrix product whose left operand is never laid out as a matrix: its element (row,
-// t) is source[rows[row] + taps[t]].
+// A block of a matrix product neither of whose operands is laid out as a matrix: the left one's
+// element (row, t) is source[rows[row] + taps[t]], the right one's row t starts at
+// panel[panel_rows[t] * ld_panel].
 //
-//   out[out_rows[row] * ld_out + lane] = init[lane] + sum over t of source[rows[row] + taps[t]] *
-//   panel[t][lane]
+//   out[out_rows[row] * ld_out + lane] =
+//       init + sum over t of source[rows[row] + taps[t]] * panel[panel_rows[t] * ld_panel + lane]
 //
 // A sum runs in the order of t, in chains of fused multiply-adds that are added up in out. The
 // first chain starts from init and replaces what out held; with `accumulate` it is added to that
-// too.
+// too. A sum may be cut into several calls at multiples of its chain.
 template <class T>
 struct GatherTile {
   const T* source;
   const int64_t* rows;
   const int64_t* taps;
   int64_t tap_count;
-  const T* panel;  // [tap_count][vectors * lanes]
-  const T* init;   // [vectors * lanes], or null for zeros
+  int64_t chain;  // chain_length of the whole sum
+  const T* panel;
+  const int64_t* panel_rows;
+  int64_t ld_panel;
+  const T* init;      // [vectors * lanes], or null
+  const T* row_init;  // [row_count], or null; zeros where both are
   T* out;
   const int64_t* out_rows;  // places of the rows in out, or null for 0, 1, 2, ...
   int64_t ld_out;           // elements between places
   int row_count;
-  int vectors;  // 1 or 2
+  int vectors;  // 1 to most_vectors
   bool accumulate;
 };
 
@@ -104,13 +113,34 @@ struct ColumnMap {
   T* out;
 };
 
+// One axis of a grid of elements that is cut into phases: position i is found at
+// i % phases * phase_step + i / phases * step.
+struct PhasedAxis {
+  int64_t phases, phase_step, step;
+  int64_t offset(int64_t i) const {
+    return phases == 1 ? i * step : i % phases * phase_step + i / phases * step;
+  }
+};
+
+// Copies a matrix into such a grid, from position (first_row, first_col) on. The grid's columns
+// have step 1.
+template <class T>
+struct PhasedCopy {
+  const T* from;
+  int64_t ld_from, rows, cols;
+  T* to;
+  PhasedAxis row, col;
+  int64_t first_row, first_col;
+};
+
 // Kernels for one accumulation type, float or double.
 template <class T>
 struct VectorKernels {
   int lanes;  // of one vector
 
-  // Most rows of a gather tile with 1 and with 2 vectors.
-  int gather_rows[2];
+  // Most vectors of a gather tile, and most rows with 1, 2, ... of them.
+  int most_vectors;
+  int gather_rows[4];
   void (*gather)(const GatherTile<T>&);
 
   // c[rows][cols] (+)= a * b over k, from packed panels a[k][gemm_rows] and b[k][gemm_cols].
@@ -121,6 +151,8 @@ struct VectorKernels {
   // to[c][r] = from[r][c]
   void (*transpose)(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows,
                     int64_t cols);
+
+  void (*phased_copy)(const PhasedCopy<T>&);
 
   void (*column_sums)(const ColumnSums<T>&);
   void (*column_map)(const ColumnMap<T>&);

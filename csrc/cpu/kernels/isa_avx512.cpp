@@ -9,6 +9,11 @@
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/target.h"
 
+// GCC 12 warns of its own intrinsics, whose unused operands it leaves undefined (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 CONVEXT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace convext::cpu::avx512 {
 namespace {

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/half.h"
 #include "cpu/kernels/isa.h"
+#include "cpu/kernels/target.h"
 
 namespace convext::cpu {
 namespace scalar {

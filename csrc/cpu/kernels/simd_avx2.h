@@ -9,14 +9,19 @@ struct Vec<float> {
   static constexpr int lanes = 8;
   __m256 v;
 
+  CONVEXT_INLINE static __m256i first(int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+  }
+
   CONVEXT_INLINE static Vec zero() { return {_mm256_setzero_ps()}; }
   CONVEXT_INLINE static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
   CONVEXT_INLINE static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   CONVEXT_INLINE static Vec load_first(const float* p, int n) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
+    return {_mm256_maskload_ps(p, first(n))};
   }
   CONVEXT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  CONVEXT_INLINE void store_first(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
 };
 
 template <>
@@ -24,14 +29,19 @@ struct Vec<double> {
   static constexpr int lanes = 4;
   __m256d v;
 
+  CONVEXT_INLINE static __m256i first(int n) {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane);
+  }
+
   CONVEXT_INLINE static Vec zero() { return {_mm256_setzero_pd()}; }
   CONVEXT_INLINE static Vec broadcast(double x) { return {_mm256_set1_pd(x)}; }
   CONVEXT_INLINE static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
   CONVEXT_INLINE static Vec load_first(const double* p, int n) {
-    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-    return {_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane))};
+    return {_mm256_maskload_pd(p, first(n))};
   }
   CONVEXT_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
+  CONVEXT_INLINE void store_first(double* p, int n) const { _mm256_maskstore_pd(p, first(n), v); }
 };
 
 // a * b + c in one rounding
@@ -75,8 +85,47 @@ CONVEXT_INLINE Vec<double> keep_positive(Vec<double> a, Vec<double> gate) {
   return {_mm256_and_pd(a.v, _mm256_cmp_pd(gate.v, _mm256_setzero_pd(), _CMP_NLE_UQ))};
 }
 
+// The even and the odd elements of the two vectors, one after the other.
+CONVEXT_INLINE void deinterleave(Vec<float>& low, Vec<float>& high) {
+  const __m256 even = _mm256_shuffle_ps(low.v, high.v, 0x88);
+  const __m256 odd = _mm256_shuffle_ps(low.v, high.v, 0xdd);
+  low.v = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+  high.v = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
+}
+CONVEXT_INLINE void deinterleave(Vec<double>& low, Vec<double>& high) {
+  const __m256d even = _mm256_unpacklo_pd(low.v, high.v);
+  const __m256d odd = _mm256_unpackhi_pd(low.v, high.v);
+  low.v = _mm256_permute4x64_pd(even, 0xd8);
+  high.v = _mm256_permute4x64_pd(odd, 0xd8);
+}
+
+// The square matrix in 8 vectors, transposed: pairs of rows interleaved within 128-bit halves, then
+// fours, then the halves joined.
+#define CONVEXT_TRANSPOSE_SQUARE
+CONVEXT_INLINE void transpose_square(Vec<float> (&x)[8]) {
+  __m256 pair[8], quad[8];
+  CONVEXT_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    pair[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  CONVEXT_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  CONVEXT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    x[i].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+    x[i + 4].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+  }
+}
+
 #include "cpu/kernels/simd_x86.h"
 
 // Rows of the register tiles: accumulators, two weights and a broadcast fill the 16 registers.
-constexpr int kGatherRows1 = 12, kGatherRows2 = 6;
+constexpr int kMostVectors = 2;
+constexpr int kGatherRows[4] = {12, 6};
 constexpr int kGemmRows = 6, kGemmVectors = 2;

@@ -16,6 +16,9 @@ struct Vec<float> {
     return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)};
   }
   CONVEXT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  CONVEXT_INLINE void store_first(float* p, int n) const {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+  }
 };
 
 template <>
@@ -30,6 +33,9 @@ struct Vec<double> {
     return {_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p)};
   }
   CONVEXT_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+  CONVEXT_INLINE void store_first(double* p, int n) const {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
+  }
 };
 
 // a * b + c in one rounding
@@ -73,9 +79,57 @@ CONVEXT_INLINE Vec<double> keep_positive(Vec<double> a, Vec<double> gate) {
   return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(gate.v, _mm512_setzero_pd(), _CMP_NLE_UQ), a.v)};
 }
 
-// Transposes and conversions are bound by memory, where 256-bit vectors do as well.
+// The even and the odd elements of the two vectors, one after the other.
+CONVEXT_INLINE void deinterleave(Vec<float>& low, Vec<float>& high) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 a = low.v, b = high.v;
+  low.v = _mm512_permutex2var_ps(a, even, b);
+  high.v = _mm512_permutex2var_ps(a, odd, b);
+}
+CONVEXT_INLINE void deinterleave(Vec<double>& low, Vec<double>& high) {
+  const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m512i odd = _mm512_add_epi64(even, _mm512_set1_epi64(1));
+  const __m512d a = low.v, b = high.v;
+  low.v = _mm512_permutex2var_pd(a, even, b);
+  high.v = _mm512_permutex2var_pd(a, odd, b);
+}
+
+// The square matrix in 16 vectors, transposed: pairs of rows interleaved, then fours, then the
+// 128-bit quarters exchanged twice.
+#define CONVEXT_TRANSPOSE_SQUARE
+CONVEXT_INLINE void transpose_square(Vec<float> (&x)[16]) {
+  __m512 pair[16], quad[16];
+  CONVEXT_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    pair[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  CONVEXT_UNROLL
+  for (int i = 0; i < 16; i += 4) {
+    quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  CONVEXT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even = _mm512_shuffle_f32x4(quad[i], quad[i + 4], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(quad[i], quad[i + 4], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(quad[i + 8], quad[i + 12], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(quad[i + 8], quad[i + 12], 0xdd);
+    x[i].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+    x[i + 4].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    x[i + 8].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    x[i + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+}
+
+// Conversions are bound by memory, where 256-bit vectors do as well.
 #include "cpu/kernels/simd_x86.h"
 
-// Rows of the register tiles: accumulators, two weights and a broadcast fill the 32 registers.
-constexpr int kGatherRows1 = 24, kGatherRows2 = 14;
+// Rows of the register tiles. A gather tile takes an address register for each of its rows, of
+// which there are fewer than vector registers.
+constexpr int kMostVectors = 4;
+constexpr int kGatherRows[4] = {12, 12, 8, 6};
 constexpr int kGemmRows = 14, kGemmVectors = 2;

@@ -20,6 +20,9 @@ struct Vec {
   void store(T* p) const {
     for (int i = 0; i < lanes; ++i) p[i] = v[i];
   }
+  void store_first(T* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
 };
 
 template <class T>
@@ -60,11 +63,15 @@ inline Vec<T> keep_positive(Vec<T> a, Vec<T> gate) {
   return a;
 }
 
-// Square block of a transpose: to[c][r] = from[r][c].
-constexpr int kTransposeBlock = 1;
+// The even and the odd elements of the two vectors, one after the other.
 template <class T>
-inline void transpose_block(const T* from, int64_t, T* to, int64_t) {
-  *to = *from;
+inline void deinterleave(Vec<T>& low, Vec<T>& high) {
+  const Vec<T> a = low, b = high;
+  constexpr int kHalf = Vec<T>::lanes / 2;
+  for (int i = 0; i < kHalf; ++i) {
+    low.v[i] = a.v[2 * i], low.v[kHalf + i] = b.v[2 * i];
+    high.v[i] = a.v[2 * i + 1], high.v[kHalf + i] = b.v[2 * i + 1];
+  }
 }
 
 // Converts as many leading elements as vectors cover; the rest is the caller's.
@@ -76,5 +83,6 @@ inline int64_t store_vectors(const float*, DType, uint16_t*, int64_t) {
 }
 
 // Rows of the register tiles.
-constexpr int kGatherRows1 = 4, kGatherRows2 = 2;
+constexpr int kMostVectors = 2;
+constexpr int kGatherRows[4] = {4, 2};
 constexpr int kGemmRows = 4, kGemmVectors = 1;

@@ -1,34 +1,6 @@
-// What both x86 vector files share: transposes and half-precision conversions in 256-bit vectors.
+// What both x86 vector files share: half-precision conversions in 256-bit vectors.
 // Included by simd_avx2.h and simd_avx512.h, inside their namespace.
 #pragma once
-
-// Square block of a transpose: to[c][r] = from[r][c].
-constexpr int kTransposeBlock = 8;
-
-CONVEXT_INLINE void transpose_block(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
-  __m256 row[8], pair[8], quad[8];
-  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * ld_from);
-  for (int i = 0; i < 8; i += 2) {  // interleave rows two by two, within 128-bit halves
-    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {  // then four by four
-    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
-    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {  // and join the halves
-    _mm256_storeu_ps(to + i * ld_to, _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * ld_to, _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31));
-  }
-}
-
-inline void transpose_block(const double* from, int64_t ld_from, double* to, int64_t ld_to) {
-  for (int r = 0; r < kTransposeBlock; ++r) {
-    for (int c = 0; c < kTransposeBlock; ++c) to[c * ld_to + r] = from[r * ld_from + c];
-  }
-}
 
 // Converts as many leading elements as vectors cover and returns how many; the rest is the
 // caller's.

@@ -7,6 +7,7 @@
 
 #define CONVEXT_PRAGMA(x) _Pragma(#x)
 #define CONVEXT_INLINE inline __attribute__((always_inline))
+#define CONVEXT_UNROLL _Pragma("GCC unroll 32")
 
 #if defined(CONVEXT_EMULATE_SIMD)  // tests: intrinsics come from a library of plain code
 #define CONVEXT_TARGET_BEGIN(options)

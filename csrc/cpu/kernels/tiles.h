@@ -3,8 +3,6 @@
 // no function compiled for one ISA can be linked into another.
 #pragma once
 
-#define CONVEXT_UNROLL _Pragma("GCC unroll 32")
-
 // ---------------------------------------------------------------------------------------------------
 // Gathered matrix product (see GatherTile)
 
@@ -16,9 +14,8 @@ void gather_rows(const GatherTile<T>& t) {
   CONVEXT_UNROLL
   for (int r = 0; r < kRows; ++r) row[r] = t.source + t.rows[r];
   const T* init = t.init;
-  const T* panel = t.panel;
+  const T* row_init = t.row_init;
   bool accumulate = t.accumulate;
-  const int64_t chain = chain_length(t.tap_count);
   int64_t i = 0;
   do {
     V sum[kRows][kVectors];
@@ -26,11 +23,12 @@ void gather_rows(const GatherTile<T>& t) {
     for (int v = 0; v < kVectors; ++v) {
       const V start = init ? V::load(init + v * kLanes) : V::zero();
       CONVEXT_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[r][v] = start;
+      for (int r = 0; r < kRows; ++r) sum[r][v] = row_init ? V::broadcast(row_init[r]) : start;
     }
-    const int64_t end = t.tap_count - i < chain ? t.tap_count : i + chain;
-    for (; i < end; ++i, panel += kVectors * kLanes) {
+    const int64_t end = t.tap_count - i < t.chain ? t.tap_count : i + t.chain;
+    for (; i < end; ++i) {
       const int64_t tap = t.taps[i];
+      const T* panel = t.panel + t.panel_rows[i] * t.ld_panel;
       V weight[kVectors];
       CONVEXT_UNROLL
       for (int v = 0; v < kVectors; ++v) weight[v] = V::load(panel + v * kLanes);
@@ -50,13 +48,13 @@ void gather_rows(const GatherTile<T>& t) {
         (accumulate ? add(V::load(p), sum[r][v]) : sum[r][v]).store(p);
       }
     }
-    init = nullptr;
+    init = row_init = nullptr;
     accumulate = true;
   } while (i < t.tap_count);
 }
 
 // Calls the instance for this number of rows, 1 to kMost.
-template <class T, int kVectors, int kMost>
+template <class T, int kVectors, int kMost = kGatherRows[kVectors - 1]>
 void gather_dispatch(const GatherTile<T>& t) {
   if constexpr (kMost == 1) {
     gather_rows<T, kVectors, 1>(t);
@@ -66,13 +64,12 @@ void gather_dispatch(const GatherTile<T>& t) {
   }
 }
 
-template <class T>
+template <class T, int kVectors = kMostVectors>
 void gather(const GatherTile<T>& t) {
-  if (t.vectors == 2) {
-    gather_dispatch<T, 2, kGatherRows2>(t);
-  } else {
-    gather_dispatch<T, 1, kGatherRows1>(t);
+  if constexpr (kVectors > 1) {
+    if (t.vectors < kVectors) return gather<T, kVectors - 1>(t);
   }
+  gather_dispatch<T, kVectors>(t);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -85,7 +82,7 @@ void gemm(int64_t k, const T* a, const T* b, T* c, int64_t ld_c, int rows, int c
   constexpr int kLanes = V::lanes;
   constexpr int kCols = kGemmVectors * kLanes;
   T tile[kGemmRows * kCols];  // sums of the chains so far
-  const int64_t chain = chain_length(k);
+  const int64_t chain = chain_length(k, kPixelChain);
   for (int64_t i = 0; i < k;) {
     V sum[kGemmRows][kGemmVectors];
     CONVEXT_UNROLL
@@ -138,18 +135,104 @@ void gemm(int64_t k, const T* a, const T* b, T* c, int64_t ld_c, int rows, int c
 // Moving data
 
 template <class T>
+void transpose_block(const T* from, int64_t ld_from, T* to, int64_t ld_to, int rows, int cols) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < cols; ++c) to[c * ld_to + r] = from[r * ld_from + c];
+  }
+}
+
+#if defined(CONVEXT_TRANSPOSE_SQUARE)
+// Through registers, a square at a time.
+inline void transpose_block(const float* from, int64_t ld_from, float* to, int64_t ld_to, int rows,
+                            int cols) {
+  using V = Vec<float>;
+  V square[V::lanes];
+  if (rows == V::lanes && cols == V::lanes) {
+    CONVEXT_UNROLL
+    for (int i = 0; i < V::lanes; ++i) square[i] = V::load(from + i * ld_from);
+    transpose_square(square);
+    CONVEXT_UNROLL
+    for (int i = 0; i < V::lanes; ++i) square[i].store(to + i * ld_to);
+    return;
+  }
+  CONVEXT_UNROLL
+  for (int i = 0; i < V::lanes; ++i) {
+    square[i] = i < rows ? V::load_first(from + i * ld_from, cols) : V::zero();
+  }
+  transpose_square(square);
+  CONVEXT_UNROLL
+  for (int i = 0; i < V::lanes; ++i) {
+    if (i < cols) square[i].store_first(to + i * ld_to, rows);
+  }
+}
+#endif
+
+template <class T>
 void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t cols) {
-  constexpr int kBlock = kTransposeBlock;
-  const int64_t block_rows = rows - rows % kBlock;
-  const int64_t block_cols = cols - cols % kBlock;
-  for (int64_t r = 0; r < block_rows; r += kBlock) {
-    for (int64_t c = 0; c < block_cols; c += kBlock) {
-      transpose_block(from + r * ld_from + c, ld_from, to + c * ld_to + r, ld_to);
+  constexpr int64_t kBlock = Vec<T>::lanes;
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    const int block_rows = int(rows - r < kBlock ? rows - r : kBlock);
+    for (int64_t c = 0; c < cols; c += kBlock) {
+      transpose_block(from + r * ld_from + c, ld_from, to + c * ld_to + r, ld_to, block_rows,
+                      int(cols - c < kBlock ? cols - c : kBlock));
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = r < block_rows ? block_cols : 0; c < cols; ++c) {
-      to[c * ld_to + r] = from[r * ld_from + c];
+}
+
+// A row of n elements. The loops over rows are short: this must be a few instructions.
+template <class T>
+CONVEXT_INLINE void copy_row(const T* from, T* to, int64_t n) {
+  using V = Vec<T>;
+  const int64_t whole = n / V::lanes * V::lanes;
+  for (int64_t i = 0; i < whole; i += V::lanes) V::load(from + i).store(to + i);
+  if (whole < n)
+    V::load_first(from + whole, int(n - whole)).store_first(to + whole, int(n - whole));
+}
+
+// A row whose elements go to two phases in turn, the first of them to even[0].
+template <class T>
+CONVEXT_INLINE void split_row(const T* from, T* even, T* odd, int64_t n) {
+  using V = Vec<T>;
+  for (; n > 0; n -= 2 * V::lanes, from += 2 * V::lanes, even += V::lanes, odd += V::lanes) {
+    const int count = int(n < 2 * V::lanes ? n : 2 * V::lanes);
+    const int rest = count - V::lanes;
+    V low = V::load_first(from, rest < 0 ? count : V::lanes);
+    V high = rest > 0 ? V::load_first(from + V::lanes, rest) : V::zero();
+    deinterleave(low, high);
+    low.store_first(even, (count + 1) / 2);
+    high.store_first(odd, count / 2);
+  }
+}
+
+// Divisions would cost more than the copy of a short row; hence the counters.
+template <class T>
+void phased_copy(const PhasedCopy<T>& c) {
+  const T* from = c.from;
+  const PhasedAxis rows = c.row, cols = c.col;
+  const int64_t count = c.cols, ld_from = c.ld_from;
+  int64_t row_phase = rows.phases == 1 ? 0 : c.first_row % rows.phases;
+  const int64_t col_phase = cols.phases == 1 ? 0 : c.first_col % cols.phases;
+  const int64_t wrap = rows.step - (rows.phases - 1) * rows.phase_step;
+  T* to =
+      c.to + rows.offset(c.first_row) + (cols.offset(c.first_col) - col_phase * cols.phase_step);
+  for (int64_t r = 0; r < c.rows; ++r, from += ld_from) {
+    if (cols.phases == 1) {
+      copy_row(from, to, count);
+    } else if (cols.phases == 2) {
+      T* odd = col_phase ? to + 1 : to + cols.phase_step;
+      split_row(from, to + col_phase * cols.phase_step, odd, count);
+    } else {
+      int64_t phase = col_phase, place = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        to[phase * cols.phase_step + place] = from[i];
+        if (++phase == cols.phases) phase = 0, ++place;
+      }
+    }
+    if (++row_phase < rows.phases) {
+      to += rows.phase_step;
+    } else {
+      to += wrap;
+      row_phase = 0;
     }
   }
 }
@@ -192,12 +275,14 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 template <class T>
 constexpr VectorKernels<T> vector_kernels() {
   return {Vec<T>::lanes,
-          {kGatherRows1, kGatherRows2},
+          kMostVectors,
+          {kGatherRows[0], kGatherRows[1], kGatherRows[2], kGatherRows[3]},
           gather<T>,
           kGemmRows,
           kGemmVectors * Vec<T>::lanes,
           gemm<T>,
           transpose<T>,
+          phased_copy<T>,
           column_sums<T>,
           column_map<T>,
           load,
