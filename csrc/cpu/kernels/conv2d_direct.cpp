@@ -9,12 +9,7 @@
 namespace convext::cpu {
 namespace {
 
-// Cuts a row of `ld` lanes into as few tiles as the vectors allow, of nearly equal width.
-template <class T, class Body>
-void for_lane_tiles(const VectorKernels<T>& isa, int64_t ld, const Body& body) {
-  for_tiles(ld / isa.lanes, isa.most_vectors,
-            [&](int64_t first, int vectors) { body(first * isa.lanes, vectors); });
-}
+constexpr int64_t kSumBytes = 512 << 10;
 
 template <class T>
 class DirectProduct {
@@ -25,28 +20,25 @@ class DirectProduct {
     Scratch(const Gather<T>&, int64_t, const VectorKernels<T>&, Arena&) {}
   };
 
-  DirectProduct(const Gather<T>& gather, int64_t ld, const VectorKernels<T>& isa)
-      : gather_(gather), ld_(ld), isa_(isa) {}
+  DirectProduct(const Gather<T>& gather, int64_t, const VectorKernels<T>& isa)
+      : gather_(gather), isa_(isa) {}
 
   static int64_t panel_vectors(const VectorKernels<T>& isa, int64_t) { return isa.most_vectors; }
 
-  void multiply(const Block& block, const T* slab, const T* filters, const T* bias, T* rows,
-                int64_t ld_rows, const Scratch&) const {
+  void multiply(const Block& block, const T* slab, const T* panel, int64_t lanes, const T* bias,
+                T* rows, int64_t ld_rows, const Scratch&) const {
+    const int vectors = int(lanes / isa_.lanes);
     for (int64_t residue = 0; residue < gather_.classes(); ++residue) {
       const int64_t pixels = gather_.pixel_count(block, residue);
-      const int64_t taps = gather_.tap_count(residue), chain = chain_length(taps, kTapChain);
-      for_lane_tiles(isa_, ld_, [&](int64_t lane, int vectors) {
-        const int64_t width = vectors * isa_.lanes;
-        for_sum_parts(taps, chain, width * sizeof(T), [&](int64_t first_tap, int64_t tap_count) {
-          for_tiles(pixels, isa_.gather_rows[vectors - 1], [&](int64_t first, int count) {
-            isa_.gather({slab, gather_.pixel_sources(residue) + first,
-                         gather_.taps(residue) + first_tap, tap_count, chain,
-                         filters + lane * gather_.tap_total(),
-                         gather_.tap_weights(residue) + first_tap, width,
-                         bias && first_tap == 0 ? bias + lane : nullptr, nullptr, rows + lane,
-                         gather_.pixel_targets(residue) + first, ld_rows, count, vectors,
-                         /*accumulate=*/first_tap > 0});
-          });
+      const int64_t taps = gather_.tap_count(residue), chain = tap_chain(taps);
+      for_sum_parts(taps, chain, lanes * sizeof(T), [&](int64_t first_tap, int64_t tap_count) {
+        for_tiles(pixels, isa_.gather_rows[vectors - 1], [&](int64_t first, int count) {
+          isa_.gather({slab, gather_.pixel_sources(residue) + first,
+                       gather_.taps(residue) + first_tap, tap_count, chain, panel,
+                       gather_.tap_weights(residue) + first_tap, lanes,
+                       first_tap == 0 ? bias : nullptr, nullptr, rows,
+                       gather_.pixel_targets(residue) + first, ld_rows, count, vectors,
+                       /*accumulate=*/first_tap > 0});
         });
       });
     }
@@ -61,8 +53,11 @@ class DirectProduct {
                          int64_t width, int64_t ld_rows, bool add, T* partial, int64_t ld,
                          const VectorKernels<T>& isa, const Scratch&) {
     const int vectors = int(width / isa.lanes);
-    const int64_t pixels = gather.pixel_count(block, 0), chain = chain_length(pixels, kPixelChain);
-    for_sum_parts(pixels, chain, width * sizeof(T), [&](int64_t first_pixel, int64_t count) {
+    const int64_t pixels = gather.pixel_count(block, 0), chain = pixel_chain(pixels);
+    // Sums that the second-level cache can't hold are visited as seldom as can be.
+    const bool fit = gather.tap_count(0) * width * int64_t(sizeof(T)) <= kSumBytes;
+    const int64_t row_bytes = fit ? width * sizeof(T) : 1;
+    for_sum_parts(pixels, chain, row_bytes, [&](int64_t first_pixel, int64_t count) {
       for_tiles(gather.tap_count(0), isa.gather_rows[vectors - 1], [&](int64_t first, int taps) {
         isa.gather({slab, gather.taps(0) + first, gather.pixel_sources(0) + first_pixel, count,
                     chain, rows, gather.pixel_targets(0) + first_pixel, ld_rows, nullptr, nullptr,
@@ -74,7 +69,6 @@ class DirectProduct {
 
  private:
   const Gather<T>& gather_;
-  int64_t ld_;
   const VectorKernels<T>& isa_;
 };
 

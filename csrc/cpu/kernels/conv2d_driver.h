@@ -104,6 +104,17 @@ void for_tiles(int64_t count, int64_t most, const Body& body) {
   }
 }
 
+// The same cut, tile by tile.
+struct Tiles {
+  Tiles(int64_t length, int64_t most)
+      : count(ceil_div(length, most)),
+        size(count ? length / count : 0),
+        larger(count ? length % count : 0) {}
+  int64_t first(int64_t i) const { return i * size + std::min(i, larger); }
+  int64_t length(int64_t i) const { return size + (i < larger); }
+  int64_t count, size, larger;
+};
+
 // A panel's part that many tiles read in turn stays in the first-level cache beside what they
 // gather.
 constexpr int64_t kPanelBytes = 16 << 10;
@@ -145,10 +156,10 @@ class FilterPanels {
       : call_(call),
         bank_(filter_bank(call)),
         by_filter_(by_filter),
-        most_vectors_(most_vectors),
         isa_(isa),
         rows_(by_filter ? bank_.channels * bank_.taps : bank_.filters * bank_.taps),
-        ld_(round_up(by_filter ? bank_.filters : bank_.channels, isa.lanes)) {
+        ld_(round_up(by_filter ? bank_.filters : bank_.channels, isa.lanes)),
+        vectors_(ld_ / isa.lanes, most_vectors) {
     const int64_t groups = call.problem.groups;
     panels_ = arena.take<T>(groups * rows_ * ld_);
     converted_ = arena.take<T>(scratch_size<T>(call.dtype, groups * bank_.size()));
@@ -165,24 +176,28 @@ class FilterPanels {
       });
     }
     const auto load = by_filter_ ? load_filters_by_filter<T> : load_filters_by_channel<T>;
-    run_slots(std::min(threads, groups), groups, [&](int64_t, int64_t g) {
-      for_tiles(ld_ / isa_.lanes, most_vectors_, [&](int64_t first, int vectors) {
-        const int64_t lane = first * isa_.lanes, width = vectors * isa_.lanes;
-        load(isa_, bank_, filters + g * bank_.size(), lane, width,
-             panels_ + g * rows_ * ld_ + lane * rows_, width);
-      });
+    const int64_t items = groups * panels();
+    run_slots(std::min(threads, items), items, [&](int64_t, int64_t item) {
+      const int64_t g = item / panels(), panel = item % panels();
+      load(isa_, bank_, filters + g * bank_.size(), first_lane(panel), lanes(panel),
+           panels_ + g * rows_ * ld_ + first_lane(panel) * rows_, lanes(panel));
     });
   }
 
-  const T* group(int64_t g) const { return panels_ + g * rows_ * ld_; }
+  int64_t panels() const { return vectors_.count; }
+  int64_t first_lane(int64_t panel) const { return vectors_.first(panel) * isa_.lanes; }
+  int64_t lanes(int64_t panel) const { return vectors_.length(panel) * isa_.lanes; }
+  const T* panel(int64_t group, int64_t panel) const {
+    return panels_ + group * rows_ * ld_ + first_lane(panel) * rows_;
+  }
 
  private:
   const Conv2dCall& call_;
   FilterBank bank_;
   bool by_filter_;
-  int64_t most_vectors_;
   const VectorKernels<T>& isa_;
   int64_t rows_, ld_;
+  Tiles vectors_;  // cut into panels
   T *panels_, *converted_;
 };
 
@@ -192,9 +207,11 @@ class FilterPanels {
 // Product<T>(gather, ld, isa)                    shared
 //   ::kTaps                                      the taps that multiply needs listed
 //   ::panel_vectors(isa, ld)                     of the panels that multiply reads
-//   .multiply(block, slab, filters, bias, rows, ld_rows, scratch)
+//   .multiply(block, slab, panel, lanes, bias, rows, ld_rows, scratch)
+//                                                one panel's part of the rows
 template <class T, template <class> class Product>
 void compute_pixels(const Conv2dCall& call, Arena& arena) {
+  constexpr int64_t kItems = 8;  // wanted at least, so that threads find work
   const VectorKernels<T>& isa = call.isa->of<T>();
   const Conv2dProblem& p = call.problem;
   const bool forward = call.pass == Conv2dPass::forward;
@@ -206,10 +223,15 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   const int64_t ld = round_up(channels, isa.lanes);
   // Results that lie in the output as they do in rows are computed there.
   const bool in_place = lies_in_rows<T>(target, channels, ld) && !call.epilogue;
-  const int64_t items = p.groups * gather.block_count();
+  FilterPanels<T> filters(call, forward, Product<T>::panel_vectors(isa, ld), isa, arena);
+  // Where blocks are few, each is several items, some panels of it; each item fills a slab.
+  const int64_t blocks = p.groups * gather.block_count();
+  const int64_t ranges = call.epilogue ? 1
+                                       : std::clamp<int64_t>(kItems / std::max<int64_t>(1, blocks),
+                                                             1, filters.panels());
+  const int64_t items = blocks * ranges;
   const int64_t slots = slot_count(call, items);
 
-  FilterPanels<T> filters(call, forward, Product<T>::panel_vectors(isa, ld), isa, arena);
   T* bias = arena.take<T>(call.bias ? p.groups * ld : 0);
   const Product<T> product(gather, ld, isa);
   BlockEpilogue<T> epilogue(call, channels, ld, gather.block_count(), isa, arena);
@@ -234,24 +256,34 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
     const BlockScratch<T> scratch(call, gather, ld, own);
     const ProductScratch product_scratch(gather, ld, isa, own);
     const EpilogueScratch epilogue_scratch(epilogue, own);
-    const int64_t g = item / gather.block_count(), index = item % gather.block_count();
+    const int64_t range = item % ranges, index = item / ranges % gather.block_count();
+    const int64_t g = item / ranges / gather.block_count();
     const Block block = gather.block(index);
     const int64_t source_channel = g * (forward ? p.group_in_channels() : p.group_out_channels());
     const T* slab = gather.fill(isa, block, source_channel, scratch.slab,
                                 item > first_item(slot, slots, items));
-    const T* start = call.bias ? bias + g * ld : nullptr;
+    T* rows = scratch.rows;
+    int64_t ld_rows = ld;
     if (in_place) {
-      T* pixels = static_cast<T*>(call.output) + first_pixel(target, block) * target.channels;
-      product.multiply(block, slab, filters.group(g), start, pixels + g * channels, target.channels,
+      ld_rows = target.channels;
+      rows = static_cast<T*>(call.output) + first_pixel(target, block) * ld_rows + g * channels;
+    }
+    const int64_t first_panel = range * filters.panels() / ranges;
+    const int64_t end_panel = (range + 1) * filters.panels() / ranges;
+    for (int64_t i = first_panel; i < end_panel; ++i) {
+      const int64_t lane = filters.first_lane(i);
+      product.multiply(block, slab, filters.panel(g, i), filters.lanes(i),
+                       call.bias ? bias + g * ld + lane : nullptr, rows + lane, ld_rows,
                        product_scratch);
-      return;
     }
-    product.multiply(block, slab, filters.group(g), start, scratch.rows, ld, product_scratch);
+    if (in_place) return;
     if (call.epilogue) {
-      epilogue.apply(g, index, scratch.rows, gather.pixels(block), epilogue_scratch);
+      epilogue.apply(g, index, rows, gather.pixels(block), epilogue_scratch);
     }
-    store_block(isa, target, block, g * channels, channels, scratch.rows, ld, scratch.convert,
-                call.output);
+    const int64_t lane = filters.first_lane(first_panel);
+    const int64_t end = std::min(channels, filters.first_lane(end_panel));
+    store_block(isa, target, block, g * channels + lane, end - lane, rows + lane, ld,
+                scratch.convert, call.output);
   });
   if (call.epilogue) epilogue.finish();
 }

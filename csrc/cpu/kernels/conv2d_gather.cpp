@@ -97,7 +97,9 @@ Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, Gat
   slab_width_ = x_.slab_size(x_.target_size);
   const int64_t width = in_place_ ? source.width : round_up(slab_width_, phases_x);
   const int64_t height = in_place_ ? source.height : round_up(slab_height_, phases_y);
-  const int64_t depth = in_place_ ? source.channels : channels;
+  // Pixels a power of two apart would share the sets of the first-level cache.
+  const bool spread = !in_place_ && source.layout == Layout::nhwc && channels % 64 == 0;
+  const int64_t depth = in_place_ ? source.channels : spread ? channels + 16 : channels;
   if (__builtin_mul_overflow(height, width, &stride_c_) ||
       __builtin_mul_overflow(stride_c_, depth, &stride_n_)) {
     arena.take<T>(-1);  // more than 64 bits can address
@@ -269,8 +271,8 @@ const T* Gather<T>::fill(const VectorKernels<T>& isa, const Block& b, int64_t fi
       const int64_t line = (image * source_.height + top + first_row + r) * source_.width;
       const int64_t offset = (line + left + first) * source_.channels + first_channel;
       T* row = to + (first_row + r) * stride_h_ + first * stride_w_;
-      const PhasedAxis pixel{1, 0, channels_}, channel{1, 0, 1};
-      if (channels_ == source_.channels) {
+      const PhasedAxis pixel{1, 0, stride_w_}, channel{1, 0, 1};
+      if (channels_ == source_.channels && channels_ == stride_w_) {
         copy(offset, {nullptr, 0, 1, columns * channels_, row, pixel, channel, 0, 0});
       } else {
         copy(offset, {nullptr, source_.channels, columns, channels_, row, pixel, channel, 0, 0});

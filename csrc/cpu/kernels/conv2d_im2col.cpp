@@ -50,19 +50,21 @@ class Im2colProduct {
     GemmWorkspace<T> forward, backward;
   };
 
-  Im2colProduct(const Gather<T>& gather, int64_t ld, const VectorKernels<T>&)
-      : gather_(gather), ld_(ld) {}
+  Im2colProduct(const Gather<T>& gather, int64_t, const VectorKernels<T>&) : gather_(gather) {}
 
-  static int64_t panel_vectors(const VectorKernels<T>& isa, int64_t ld) { return ld / isa.lanes; }
+  // All lanes in one, since the columns serve them all.
+  static int64_t panel_vectors(const VectorKernels<T>& isa, int64_t ld) {
+    return std::max<int64_t>(1, ld / isa.lanes);
+  }
 
-  void multiply(const Block& block, const T* slab, const T* filters, const T* bias, T* rows,
-                int64_t ld_rows, const Scratch& scratch) const {
+  void multiply(const Block& block, const T* slab, const T* filters, int64_t lanes, const T* bias,
+                T* rows, int64_t ld_rows, const Scratch& scratch) const {
     const int64_t pixels = gather_.pixels(block), taps = gather_.tap_total();
     im2col(gather_, 0, pixels, slab, scratch.columns);
     if (bias) {
-      for (int64_t p = 0; p < pixels; ++p) std::copy_n(bias, ld_, rows + p * ld_rows);
+      for (int64_t p = 0; p < pixels; ++p) std::copy_n(bias, lanes, rows + p * ld_rows);
     }
-    gemm<T>(pixels, ld_, taps, {scratch.columns, taps, 1}, {filters, ld_, 1}, rows, ld_rows,
+    gemm<T>(pixels, lanes, taps, {scratch.columns, taps, 1}, {filters, lanes, 1}, rows, ld_rows,
             /*accumulate=*/bias != nullptr, scratch.forward);
   }
 
@@ -79,7 +81,6 @@ class Im2colProduct {
 
  private:
   const Gather<T>& gather_;
-  int64_t ld_;
 };
 
 // backward_input: columns[pixel][tap] = grad_output[pixel][filter] * filters[tap][filter]^T,
@@ -101,7 +102,8 @@ void scatter_pixels(const Conv2dCall& call, Arena& arena) {
   const int64_t items = p.groups * gather.block_count();
   const int64_t slots = slot_count(call, items);
 
-  FilterPanels<T> panels(call, /*by_filter=*/true, ld / isa.lanes, isa, arena);
+  FilterPanels<T> panels(call, /*by_filter=*/true, std::max<int64_t>(1, ld / isa.lanes), isa,
+                         arena);
   Arena part(nullptr);
   BlockScratch<T>(call, gather, ld, part);
   part.take<T>(chunk * taps);
@@ -121,7 +123,7 @@ void scatter_pixels(const Conv2dCall& call, Arena& arena) {
     std::fill(scratch.slab, scratch.slab + gather.slab_size(), T(0));
     for (int64_t first = 0; first < gather.pixels(block); first += chunk) {
       const int64_t count = std::min(chunk, gather.pixels(block) - first);
-      gemm<T>(count, taps, filters, {scratch.rows + first * ld, ld, 1}, {panels.group(g), 1, ld},
+      gemm<T>(count, taps, filters, {scratch.rows + first * ld, ld, 1}, {panels.panel(g, 0), 1, ld},
               columns, taps, /*accumulate=*/false, workspace);
       col2im(gather, first, count, columns, scratch.slab);
     }

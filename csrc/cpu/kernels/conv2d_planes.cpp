@@ -66,8 +66,8 @@ class PlaneProduct {
       for (int64_t n = 0; n < block.images; ++n) {
         const T* image = slab + n * gather_.image_stride();
         for_tiles(channels_, kRangeChannels, [&](int64_t first, int count) {
-          compute(group, first, count, residue, block, image, scratch.results);
-          write(group, first, count, residue, block, block.first_image + n, scratch);
+          const Part part{group, first, count, residue, block.first_image + n};
+          write(part, block, compute(part, block, image, scratch.results), scratch);
         });
       }
     }
@@ -79,39 +79,67 @@ class PlaneProduct {
             gather_.row_pitch()};
   }
 
-  void compute(int64_t group, int64_t first_channel, int64_t channels, int64_t residue,
-               const Block& block, const T* image, T* results) const {
-    const int64_t length = run(block, residue).length();
-    const int64_t taps = gather_.tap_count(residue), chain = chain_length(taps, kTapChain);
-    const int64_t* weights = weights_ + gather_.tap_start(residue);
-    const T* bias = call_.bias ? bias_ + group * channels_ + first_channel : nullptr;
-    for_tiles(ceil_div(length, isa_.lanes), isa_.most_vectors, [&](int64_t vector, int vectors) {
-      const int64_t pixel = vector * isa_.lanes;
-      const int64_t row_bytes = vectors * isa_.lanes * sizeof(T);
-      for_sum_parts(taps, chain, row_bytes, [&](int64_t first_tap, int64_t tap_count) {
-        for_tiles(channels, isa_.gather_rows[vectors - 1], [&](int64_t first, int count) {
-          isa_.gather({filters_ + group * bank_.size(), channel_weights_ + first_channel + first,
-                       weights + first_tap, tap_count, chain, image + pixel,
-                       gather_.taps(residue) + first_tap, 1, nullptr,
-                       bias && first_tap == 0 ? bias + first : nullptr,
-                       results + first * most_length_ + pixel, nullptr, most_length_, count,
-                       vectors, /*accumulate=*/first_tap > 0});
-        });
-      });
-    });
+  // Channels [first, first + count) of a group, the pixels of a class, in one image.
+  struct Part {
+    int64_t group, first, count, residue, image;
+  };
+
+  // Where the part's first plane begins in the tensor.
+  int64_t plane(const Part& part) const {
+    const int64_t channel = part.group * channels_ + part.first;
+    return (part.image * target_.channels + channel) * target_.height * target_.width;
   }
 
-  void write(int64_t group, int64_t first_channel, int64_t channels, int64_t residue,
-             const Block& block, int64_t image, const Scratch& scratch) const {
-    const Run r = run(block, residue);
+  // Puts results into the output at once where a run of pixels is one there too, as far as whole
+  // vectors go; returns the first pixel of the run that waits in `results` to be written.
+  int64_t compute(const Part& part, const Block& block, const T* image, T* results) const {
+    const Run r = run(block, part.residue);
+    const int64_t length = r.length(), size = target_.height * target_.width;
+    const bool in_place = r.pitch == r.columns && gather_.classes() == 1 &&
+                          size_of(target_.dtype) == int64_t(sizeof(T));
+    const int64_t direct = in_place ? length / isa_.lanes * isa_.lanes : 0;
+    T* out = in_place
+                 ? static_cast<T*>(call_.output) + plane(part) + block.first_row * target_.width
+                 : nullptr;
+    const int64_t taps = gather_.tap_count(part.residue), chain = tap_chain(taps);
+    const int64_t* weights = weights_ + gather_.tap_start(part.residue);
+    const T* bias = call_.bias ? bias_ + part.group * channels_ + part.first : nullptr;
+    const auto tile = [&](int64_t pixel, int vectors, T* to, int64_t ld) {
+      const int64_t row_bytes = vectors * isa_.lanes * sizeof(T);
+      for_sum_parts(taps, chain, row_bytes, [&](int64_t first_tap, int64_t tap_count) {
+        for_tiles(part.count, isa_.gather_rows[vectors - 1], [&](int64_t first, int count) {
+          isa_.gather({filters_ + part.group * bank_.size(), channel_weights_ + part.first + first,
+                       weights + first_tap, tap_count, chain, image + pixel,
+                       gather_.taps(part.residue) + first_tap, 1, nullptr,
+                       bias && first_tap == 0 ? bias + first : nullptr, to + first * ld + pixel,
+                       nullptr, ld, count, vectors, /*accumulate=*/first_tap > 0});
+        });
+      });
+    };
+    for_tiles(direct / isa_.lanes, isa_.most_vectors,
+              [&](int64_t vector, int vectors) { tile(vector * isa_.lanes, vectors, out, size); });
+    for_tiles(ceil_div(length - direct, isa_.lanes), isa_.most_vectors,
+              [&](int64_t vector, int vectors) {
+                tile(direct + vector * isa_.lanes, vectors, results, most_length_);
+              });
+    return direct;
+  }
+
+  void write(const Part& part, const Block& block, int64_t first_pixel,
+             const Scratch& scratch) const {
+    Run r = run(block, part.residue);
     const int64_t step_y = gather_.row_classes(), step_x = gather_.column_classes();
-    const int64_t y = block.first_row + residue / step_x, x = residue % step_x;
+    int64_t y = block.first_row + part.residue / step_x, x = part.residue % step_x;
+    if (first_pixel > 0) {  // what is left of a run without gaps is one row, as it were
+      y = block.first_row;
+      x = first_pixel;
+      r = {1, r.length() - first_pixel, r.pitch};
+      if (r.columns == 0) return;
+    }
     const bool same_type = size_of(target_.dtype) == int64_t(sizeof(T));
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* results = scratch.results + c * most_length_;
-      const int64_t plane =
-          (image * target_.channels + group * channels_ + first_channel + c) * target_.height;
-      const int64_t offset = (plane + y) * target_.width + x;
+    for (int64_t c = 0; c < part.count; ++c) {
+      const T* results = scratch.results + c * most_length_ + first_pixel;
+      const int64_t offset = plane(part) + (c * target_.height + y) * target_.width + x;
       if (same_type && step_x == 1) {
         const PhasedAxis row{1, 0, step_y * target_.width}, column{1, 0, 1};
         isa_.phased_copy({results, r.pitch, r.rows, r.columns,

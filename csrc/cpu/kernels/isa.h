@@ -15,17 +15,26 @@ namespace convext::cpu {
 // the order of a sum, and with it every bit, is the same on every ISA.
 constexpr int64_t kSumChain = 16;    // of values added up
 constexpr int64_t kTapChain = 64;    // of products over taps, at least
-constexpr int64_t kPixelChain = 32;  // of products over pixels, at least
+constexpr int64_t kPixelChain = 32;  // of products over a block's pixels, at least
 
 // Rows of columns that may be summed up in T before their sums go into ones in double.
 constexpr int64_t kFlushRows = 64;
 
-// The equal parts that a sum of n products is cut into: of about sqrt(n) terms, but of no fewer
-// than `least` where n allows.
-inline int64_t chain_length(int64_t n, int64_t least) {
-  int64_t most = least;
-  while (most * most < n) most += least;
+// The equal parts, at most `most` long, that a sum of n terms is cut into.
+inline int64_t chain_length(int64_t n, int64_t most) {
   return n <= most ? n : ceil_div(n, ceil_div(n, most));
+}
+
+// Of products over taps, of which there may be many thousand: about sqrt(n) terms.
+inline int64_t tap_chain(int64_t n) {
+  int64_t most = kTapChain;
+  while (most * most < n) most += kTapChain;
+  return chain_length(n, most);
+}
+
+// Of products over a block's pixels, a few hundred, whose sums are added up block after block.
+inline int64_t pixel_chain(int64_t n) {
+  return chain_length(n, n / 4 < kPixelChain ? kPixelChain : n / 4);
 }
 
 // A block of a matrix product neither of whose operands is laid out as a matrix: the left one's
@@ -44,7 +53,7 @@ struct GatherTile {
   const int64_t* rows;
   const int64_t* taps;
   int64_t tap_count;
-  int64_t chain;  // chain_length of the whole sum
+  int64_t chain;  // of the whole sum
   const T* panel;
   const int64_t* panel_rows;
   int64_t ld_panel;

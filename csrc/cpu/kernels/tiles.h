@@ -82,7 +82,7 @@ void gemm(int64_t k, const T* a, const T* b, T* c, int64_t ld_c, int rows, int c
   constexpr int kLanes = V::lanes;
   constexpr int kCols = kGemmVectors * kLanes;
   T tile[kGemmRows * kCols];  // sums of the chains so far
-  const int64_t chain = chain_length(k, kPixelChain);
+  const int64_t chain = pixel_chain(k);
   for (int64_t i = 0; i < k;) {
     V sum[kGemmRows][kGemmVectors];
     CONVEXT_UNROLL
