@@ -11,7 +11,8 @@ check_build()
 from convext import _C, functional
 from convext import fake as fake  # registers shape functions
 from convext import flops as flops  # registers what FlopCounterMode counts
-from convext.algorithms import algorithms, build_info, last_algorithm
+from convext.algorithms import algorithms, build_info, last_algorithm, last_reason
+from convext.choice import allow_winograd
 from convext.conv_block import ConvBlock2d
 from convext.fusion import fold, fuse, to_fused, to_unfused, unfuse
 from convext.nn import BatchNorm2d, Conv2d, LazyBatchNorm2d, LazyConv2d
@@ -28,11 +29,13 @@ __all__ = [
     "LazyConv2d",
     "SyncBatchNorm2d",
     "algorithms",
+    "allow_winograd",
     "build_info",
     "fold",
     "functional",
     "fuse",
     "last_algorithm",
+    "last_reason",
     "replace_layers",
     "restore_layers",
     "to_fused",

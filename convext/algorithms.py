@@ -7,8 +7,8 @@ import torch
 from convext import _C
 
 
-class LastAlgorithm(NamedTuple):
-    """Names of the algorithms that computed the last convolution of each kind, None before one."""
+class OfEachPass(NamedTuple):
+    """What is known of the last convolution of each kind, None before one."""
 
     forward: str | None
     grad_input: str | None
@@ -17,6 +17,8 @@ class LastAlgorithm(NamedTuple):
 
 def algorithms(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Names that `algorithm=` takes on a device, besides "auto", which chooses among them.
+
+    And besides "auto+winograd", see `convext.allow_winograd`.
 
     Raises:
         ValueError: a device for which this build has no kernels.
@@ -27,9 +29,14 @@ def algorithms(device: torch.device | str = "cpu") -> tuple[str, ...]:
     return _C.cpu_algorithms()
 
 
-def last_algorithm() -> LastAlgorithm:
+def last_algorithm() -> OfEachPass:
     """What "auto" chose: the algorithm that ran last in each pass, in the whole process."""
-    return LastAlgorithm(*_C.last_algorithms())
+    return OfEachPass(*_C.last_algorithms())
+
+
+def last_reason() -> OfEachPass:
+    """Why these were chosen: which row of "auto"'s table fitted, if "auto" it was."""
+    return OfEachPass(*_C.last_reasons())
 
 
 def build_info() -> dict[str, object]:
@@ -43,5 +50,5 @@ def build_info() -> dict[str, object]:
 
 def check_algorithm_name(name: str) -> None:
     """Raise ValueError for a name that no device knows."""
-    if name != "auto" and name not in algorithms():
+    if name not in ("auto", "auto+winograd", *algorithms()):
         raise ValueError(f"algorithm must be 'auto' or one of {algorithms()}, got {name!r}")

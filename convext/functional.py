@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from convext import transforms
+from convext.choice import permitted
 
 _ops = torch.ops.convext
 # The overloads themselves: there is no other to look for.
@@ -52,7 +53,9 @@ def conv2d(
             (none) or "same" (output as large as input; as in PyTorch for stride 1 only, and where
             the total is odd the extra zero goes to the bottom and the right).
         groups: blocks of connections between input and output channels.
-        algorithm: "auto", or one of `convext.algorithms()`, also used for the gradients.
+        algorithm: "auto", or one of `convext.algorithms()`, also used for the gradients. "auto"
+            decides by the problem alone, and without Winograd's algorithms, unless
+            `convext.allow_winograd` allows them.
 
     Sums are accumulated in float32, or in float64 where input is. On the CPU nothing is rounded to
     less on the way, whatever `torch.backends` allows with its `fp32_precision` flags.
@@ -77,14 +80,14 @@ def conv2d(
         and input.dim() == 4
         and not transforms.active()
     ):
-        return _conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups, permitted(algorithm))
     arguments = _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if arguments is None:
         operands, settings = (input, weight, bias), (stride, padding, dilation, groups)
         return handle_torch_function(conv2d, operands, *operands, *settings, algorithm=algorithm)
     input, stride, padding, dilation, unbatched = arguments
     op = transforms.conv2d if transforms.active() else _conv2d
-    output = op(input, weight, bias, stride, padding, dilation, groups, algorithm)
+    output = op(input, weight, bias, stride, padding, dilation, groups, permitted(algorithm))
     return output.squeeze(0) if unbatched else output
 
 
@@ -313,6 +316,7 @@ def conv_block(
     _refuse_gradients(running_mean, running_var)
     _check_running_statistics(running_mean, running_var, training, weight.shape[:1])
     settings = (stride, padding, dilation, groups, eps, order)
+    algorithm = permitted(algorithm)
     if training:
         output, _, mean, var = _conv_block_train(
             input, weight, bias, norm_weight, norm_bias, *settings, algorithm

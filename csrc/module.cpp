@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/conv2d_choice.h"
 #include "cpu/kernels/isa.h"
 #include "last_algorithm.h"
 
@@ -63,9 +64,19 @@ py::dict build_info() {
   return info;
 }
 
-py::object last(Conv2dPass pass) {
-  const char* name = last_algorithm(pass);
-  return name ? py::object(py::str(name)) : py::none();
+// What is known of the last call of each pass, None before one.
+py::tuple of_each_pass(const char* (*known)(Conv2dPass)) {
+  return py::make_tuple(known(Conv2dPass::forward), known(Conv2dPass::backward_input),
+                        known(Conv2dPass::backward_weight));
+}
+
+py::tuple auto_rows() {
+  py::list rows;
+  for (int i = 0; i < cpu::conv2d_choice_count(); ++i) {
+    const cpu::Conv2dChoiceRow& row = cpu::conv2d_choice(i);
+    rows.append(py::make_tuple(row.algorithm, row.reason));
+  }
+  return py::tuple(rows);
 }
 
 }  // namespace
@@ -81,10 +92,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", [] { return names_of_isas(true); });
   m.def("cpu_isa", [] { return cpu::kernels().name; });
   m.def("set_cpu_isa", &set_cpu_isa);
-  m.def("last_algorithms", [] {
-    return py::make_tuple(last(Conv2dPass::forward), last(Conv2dPass::backward_input),
-                          last(Conv2dPass::backward_weight));
-  });
+  m.def("last_algorithms", [] { return of_each_pass(&last_algorithm); });
+  m.def("last_reasons", [] { return of_each_pass(&last_reason); });
+  m.def("auto_rows", &auto_rows);
 }
 
 }  // namespace convext

@@ -5,6 +5,7 @@
 
 #include "common/parallel.h"
 #include "cpu/glue.h"
+#include "cpu/kernels/conv2d_choice.h"
 #include "last_algorithm.h"
 #include "tensor_args.h"
 
@@ -21,6 +22,15 @@ std::string algorithm_names() {
   return names;
 }
 
+// Null where no algorithm has the name.
+Conv2dChoice choose(const Conv2dCall& call, std::string_view name) {
+  const bool winograd_allowed = name == "auto+winograd";
+  if (name != "auto" && !winograd_allowed) {
+    return {find_conv2d_algorithm(name), "asked for by name"};
+  }
+  return choose_conv2d_algorithm(call, winograd_allowed);
+}
+
 }  // namespace
 
 void describe_conv2d(Conv2dCall& call, const Tensor& like, at::MemoryFormat format) {
@@ -32,13 +42,13 @@ void describe_conv2d(Conv2dCall& call, const Tensor& like, at::MemoryFormat form
 
 const Conv2dAlgorithm& pick_conv2d_algorithm(const char* op, const Conv2dCall& call,
                                              std::string_view name) {
-  const Conv2dAlgorithm* algorithm =
-      name == "auto" ? &choose_conv2d_algorithm(call) : find_conv2d_algorithm(name);
-  TORCH_CHECK_VALUE(algorithm, op, "(): no algorithm \"", name,
-                    "\" on the CPU; expected \"auto\" or one of: ", algorithm_names());
+  const auto [algorithm, why] = choose(call, name);
+  TORCH_CHECK_VALUE(
+      algorithm, op, "(): no algorithm \"", name,
+      "\" on the CPU; expected \"auto\", \"auto+winograd\" or one of: ", algorithm_names());
   const char* reason = algorithm->declines(call);
   TORCH_CHECK_VALUE(!reason, op, "(): algorithm \"", name, "\" cannot do this problem: ", reason);
-  record_algorithm(call.pass, algorithm->name);
+  record_algorithm(call.pass, algorithm->name, why);
   return *algorithm;
 }
 

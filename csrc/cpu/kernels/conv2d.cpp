@@ -31,13 +31,4 @@ const Conv2dAlgorithm* find_conv2d_algorithm(std::string_view name) {
   return nullptr;
 }
 
-const Conv2dAlgorithm& choose_conv2d_algorithm(const Conv2dCall& call) {
-  // The lanes of backward_input's direct kernel are input channels: with one to three of them (the
-  // first layer of a network) most stand idle, while im2col's run over all of a filter's weights.
-  const Conv2dProblem& p = call.problem;
-  const bool idle_lanes = p.group_in_channels() <= 3 && p.group_out_channels() >= 8;
-  const bool wants_columns = call.pass == Conv2dPass::backward_input && idle_lanes;
-  return *find_conv2d_algorithm(wants_columns ? "im2col" : "direct");
-}
-
 }  // namespace convext::cpu

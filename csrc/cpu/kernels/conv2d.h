@@ -53,9 +53,6 @@ const Conv2dAlgorithm& conv2d_algorithm(int index);
 // Null when no algorithm has this name.
 const Conv2dAlgorithm* find_conv2d_algorithm(std::string_view name);
 
-// What "auto" means: a pure function of the call's problem, pass, dtype and layout.
-const Conv2dAlgorithm& choose_conv2d_algorithm(const Conv2dCall&);
-
 // conv2d_direct.cpp
 void conv2d_direct(const Conv2dCall&, Arena&);
 // conv2d_im2col.cpp
