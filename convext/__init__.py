@@ -18,6 +18,7 @@ from convext.fusion import fold, fuse, to_fused, to_unfused, unfuse
 from convext.nn import BatchNorm2d, Conv2d, LazyBatchNorm2d, LazyConv2d
 from convext.replace import replace_layers, restore_layers
 from convext.sync_batch_norm import SyncBatchNorm2d
+from convext.tuning import autotune
 
 __version__ = _C.build_info()["convext"]
 
@@ -30,6 +31,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "algorithms",
     "allow_winograd",
+    "autotune",
     "build_info",
     "fold",
     "functional",

@@ -54,8 +54,8 @@ def conv2d(
             the total is odd the extra zero goes to the bottom and the right).
         groups: blocks of connections between input and output channels.
         algorithm: "auto", or one of `convext.algorithms()`, also used for the gradients. "auto"
-            decides by the problem alone, and without Winograd's algorithms, unless
-            `convext.allow_winograd` allows them.
+            decides by the problem alone, unless `convext.autotune` has it measure, and without
+            Winograd's algorithms, unless `convext.allow_winograd` allows them.
 
     Sums are accumulated in float32, or in float64 where input is. On the CPU nothing is rounded to
     less on the way, whatever `torch.backends` allows with its `fp32_precision` flags.

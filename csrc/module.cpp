@@ -2,9 +2,12 @@
 // facts about the build and the tables of algorithms, never anything on the layers' path, since a
 // pybind11 call breaks a torch.compile graph.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 
+#include "cpu/autotune.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/conv2d_choice.h"
 #include "cpu/kernels/isa.h"
@@ -95,6 +98,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_algorithms", [] { return of_each_pass(&last_algorithm); });
   m.def("last_reasons", [] { return of_each_pass(&last_reason); });
   m.def("auto_rows", &auto_rows);
+
+  py::class_<cpu::MeasuredTimes, std::shared_ptr<cpu::MeasuredTimes>>(m, "MeasuredTimes")
+      .def(py::init<>())
+      .def("table", &cpu::MeasuredTimes::table)
+      .def("add", &cpu::MeasuredTimes::add);
+  m.def("exchange_autotuning", &cpu::exchange_autotuning, py::arg("times").none(true));
 }
 
 }  // namespace convext

@@ -1,5 +1,8 @@
-"""What "auto" chooses: the table of reasons, and permission for Winograd."""
+"""What "auto" chooses: the table of reasons, permission for Winograd, and measured times."""
 
+import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -13,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convext
 from convext import _C, functional
+from convext.tuning_cache import TuningCache, this_machine
 
 P = Conv2dProblem
 ROWS = _C.auto_rows()
@@ -142,6 +146,7 @@ def _as_a_new_process():
     """Tests of functions that last."""
     yield
     convext.allow_winograd(False)
+    convext.autotune(False)
 
 
 def test_permission_is_for_the_block():
@@ -285,3 +290,309 @@ def test_permission_changes_nothing_where_winograd_declines():
         before = last(conv_pass)
         assert torch.equal(run(p, conv_pass, "auto+winograd"), plain)
         assert last(conv_pass) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# autotune
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "times.json"
+
+
+def tuned(path, p, conv_pass="forward", **options):
+    """(algorithm, results) of a call that is tuned with this file."""
+    with convext.autotune(cache=path) as tuner:
+        run(p, conv_pass, **options)
+        assert last(conv_pass)[1] == "the fastest by the times of convext.autotune()"
+    return last(conv_pass)[0], tuner.results
+
+
+def write(path, table, **others):
+    path.parent.mkdir(exist_ok=True)
+    machines = {this_machine(): table, **others}
+    path.write_text(json.dumps({"convext.autotune": 1, "machines": machines}))
+
+
+def read(path):
+    return json.loads(path.read_text())["machines"]
+
+
+@pytest.fixture
+def problem_text(tmp_path):
+    """Gives how the file names a call."""
+
+    def text(p, conv_pass="forward", **options):
+        _, results = tuned(tmp_path / f"{p.name} {conv_pass}.json", p, conv_pass, **options)
+        return next(iter(results))
+
+    return text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "all settings differ", "groups with dilation", "depthwise", "one multiplication"],
+)
+@pytest.mark.parametrize("conv_pass", PASSES)
+def test_tuned_is_a_named_algorithm(name, conv_pass, isa, path):
+    p = named(name)
+    with convext.autotune(cache=path) as tuner:
+        result = run(p, conv_pass)
+    algorithm, _ = last(conv_pass)
+    (seconds,) = tuner.results.values()
+    assert algorithm == min(seconds, key=seconds.get)
+    assert torch.equal(result, run(p, conv_pass, algorithm))
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"), [("batch of none", "grad_weight"), ("no input channels", "forward")]
+)
+def test_empty_results_are_not_measured(name, measured, path):
+    p = named(name)
+    with convext.autotune(cache=path) as tuner:
+        for conv_pass in PASSES:
+            result, choice = run(p, conv_pass), last(conv_pass)
+            assert torch.equal(result, run(p, conv_pass, choice[0]))
+            assert (choice in ROWS) == (result.numel() == 0)
+    assert all(problem.startswith(measured) for problem in tuner.results)
+
+
+def test_measures_once(path):
+    p = named("plain")
+    first = tuned(path, p)
+    assert tuned(path, p) == first
+    assert len(first[1]) == 1
+
+
+def test_every_kind_of_call_is_measured(path, restore_threads, restore_isa):
+    p = named("plain")
+    with convext.autotune(cache=path) as tuner:
+        for conv_pass in PASSES:
+            run(p, conv_pass)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            run(p, dtype=dtype)
+        run(p, layout="channels_last")
+        torch.set_num_threads(2)
+        run(p)
+        torch.set_num_threads(1)
+        _C.set_cpu_isa("scalar")
+        run(p)
+        for name in ("groups", "dilation", "pointwise strided", "pointwise padded"):
+            run(named(name))
+    assert len(tuner.results) == 13 - (_C.cpu_isas() == ("scalar",))
+    assert all(set(seconds) >= {"direct", "im2col"} for seconds in tuner.results.values())
+    assert all(time > 0 for seconds in tuner.results.values() for time in seconds.values())
+
+
+@pytest.mark.parametrize("conv_pass", PASSES)
+@pytest.mark.parametrize("fastest", ["direct", "im2col"])
+def test_goes_by_the_times_in_the_file(fastest, conv_pass, path, problem_text):
+    p = named("plain")
+    times = {name: 1.0 + (name != fastest) for name in convext.algorithms()}
+    write(path, {problem_text(p, conv_pass): times})
+    before = path.read_bytes()
+    assert tuned(path, p, conv_pass)[0] == fastest
+    assert path.read_bytes() == before
+
+
+def test_fused_block_is_tuned(path, problem_text):
+    p = named("plain")
+    block = convext.ConvBlock2d(p.C, p.O, p.kernel, bias=False)
+    x = torch.randn(p.input_size)
+    write(path, {problem_text(p): {"direct": 2.0, "im2col": 1.0}})
+    with convext.autotune(cache=path):
+        result = block(x)
+        assert convext.last_algorithm().forward == "im2col"
+    block.conv.algorithm = "im2col"
+    assert torch.equal(result, block(x))
+
+
+def test_writes_what_it_measured(path):
+    _, results = tuned(path, named("plain"))
+    assert read(path) == {this_machine(): results}
+    tuned(path, named("groups"))
+    assert len(read(path)[this_machine()]) == 2
+    assert TuningCache(path).times.table() == read(path)[this_machine()]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_function_writes_at_the_end_of_the_process(path):
+    script = (
+        "import sys, torch, convext\n"
+        "convext.autotune(cache=sys.argv[1])\n"
+        "convext.functional.conv2d(torch.ones(1, 1, 5, 4), torch.ones(2, 1, 3, 3))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, path], check=True)
+    (problem,) = read(path)[this_machine()]
+    assert "1x1x5x4 by 2x1x3x3" in problem
+
+
+def test_other_machines_times_count_for_nothing(path, problem_text):
+    p = named("plain")
+    text = problem_text(p)
+    other = {text: {"direct": 0.0, "im2col": 0.0}}
+    write(path, {}, other=other)
+    _, results = tuned(path, p)
+    assert all(time > 0 for time in results[text].values())
+    assert read(path) == {this_machine(): results, "other": other}
+
+
+@pytest.mark.parametrize("times", [{"direct": 1e9}, {"direct": 1e9, "fft": 0.0}, {}])
+def test_algorithms_without_a_time_are_measured(times, path, problem_text):
+    text = problem_text(named("plain"))
+    write(path, {text: times})
+    _, results = tuned(path, named("plain"))
+    assert set(results[text]) >= set(convext.algorithms()) - {"depthwise", *WINOGRADS}
+    assert results[text]["direct"] < 1e9
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'{"name": "a package"}',
+        b'{"convext.autotune": 2, "machines": {}}',
+        b'{"convext.autotune": 1}',
+        b'{"convext.autotune": 1, "machines": []}',
+        b'{"convext.autotune": 1, "machines": {"a": {"b": {"direct": "1"}}}}',
+        b'{"convext.autotune": 1, "machines": {"a": {"b": {"direct": NaN}}}}',
+    ],
+)
+def test_foreign_files_are_left_alone(content, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="file is left alone"):
+        tuned(path, named("plain"))
+    assert path.read_bytes() == content
+
+
+def test_empty_file_is_filled(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    _, results = tuned(path, named("plain"))
+    assert read(path) == {this_machine(): results}
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        with pytest.warns(UserWarning, match="left alone|cannot be written"):
+            tuned(path, named("plain"))
+
+
+def test_writers_keep_each_others_times(path):
+    caches = [TuningCache(path) for _ in range(2)]
+    for i, cache in enumerate(caches):
+        cache.times.add({f"problem {i}": {"direct": 1.0}})
+        cache.write()
+    assert len(read(path)[this_machine()]) == 2
+
+
+def test_readers_never_see_half_a_file(path):
+    done = threading.Event()
+
+    def writer(number):
+        cache = TuningCache(path)
+        while not done.is_set():
+            cache.times.add({f"problem {number}-{len(cache.times.table())}": {"direct": 1.0}})
+            cache.write()
+
+    threads = [threading.Thread(target=writer, args=[i]) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+            assert TuningCache(path)._read() is not None
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_tuning_is_for_the_block_and_the_thread(path, problem_text):
+    p = named("plain")
+    write(path, {problem_text(p): {"direct": 2.0, "im2col": 1.0}})
+
+    def chosen():
+        run(p)
+        return last("forward")[0]
+
+    with convext.autotune(cache=path) as tuner:
+        assert chosen() == "im2col"
+        with convext.autotune(False):
+            assert chosen() == "direct"
+        assert chosen() == "im2col"
+        assert in_thread(chosen) == "direct"
+        with pytest.raises(RuntimeError), convext.autotune(cache=path.with_name("other")):
+            functional.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3))
+        assert chosen() == "im2col"
+    assert chosen() == "direct"
+    convext.autotune(cache=path)
+    assert chosen() == "im2col"
+    assert tuner.results == convext.autotune(cache=path).results
+    convext.autotune(False)
+    assert chosen() == "direct"
+
+
+def test_in_memory_is_remembered_by_the_process():
+    p = P("", 1, 2, 7, 8, 3, (3, 3), (1, 2))  # no other test's
+    with convext.autotune() as tuner:
+        run(p)
+    results = tuner.results
+    with convext.autotune() as again:
+        run(p)
+    assert again.results == results
+    assert in_thread(lambda: convext.autotune().results) == results
+
+
+def test_threads_measure_each_problem_once(path):
+    p, found = named("plain"), []
+
+    def work():
+        with convext.autotune(cache=path) as tuner:
+            run(p)
+            found.append((last("forward"), tuner.results))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(result == found[0] for result in found)
+
+
+def test_winograd_takes_part_where_allowed(path):
+    p = P("", 1, 16, 12, 13, 16, (3, 3), (1, 1), (1, 1))
+    for allowed in (False, True):
+        with convext.allow_winograd(allowed):
+            x, weight = torch.randn(p.input_size), torch.randn(p.weight_size)
+            with convext.autotune(cache=path) as tuner:
+                functional.conv2d(x, weight, padding=1)
+        (seconds,) = tuner.results.values()
+        assert [name for name in WINOGRADS if name in seconds] == (WINOGRADS if allowed else [])
+
+
+def test_compiled_code_is_tuned(path, problem_text):
+    p = named("plain")
+    write(path, {problem_text(p): {"direct": 2.0, "im2col": 1.0}})
+    function, _ = compiled(lambda x, weight: functional.conv2d(x, weight))
+    data = make_operands(p, torch.float32)
+    function(data.input, data.weight)
+    assert convext.last_algorithm().forward == "direct"
+    with convext.autotune(cache=path):
+        function(data.input, data.weight)
+        assert convext.last_algorithm().forward == "im2col"
+
+
+def test_results_print_as_a_table(path, problem_text):
+    text = problem_text(named("all settings differ"))
+    write(path, {text: {"direct": 2.5e-6, "im2col": 1e-6}})
+    assert str(convext.autotune(cache=path).results) == f"{text}  im2col 1.0 us, direct 2.5 us"
+    assert text.startswith(
+        "forward, 2x2x9x11 by 3x2x3x2, stride 2x3, padding 2x1, dilation 1x2, float32 NCHW, "
+        "1 thread, "
+    )

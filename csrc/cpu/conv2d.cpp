@@ -4,6 +4,7 @@
 #include <ATen/Functions.h>
 
 #include "common/parallel.h"
+#include "cpu/autotune.h"
 #include "cpu/glue.h"
 #include "cpu/kernels/conv2d_choice.h"
 #include "last_algorithm.h"
@@ -23,10 +24,14 @@ std::string algorithm_names() {
 }
 
 // Null where no algorithm has the name.
-Conv2dChoice choose(const Conv2dCall& call, std::string_view name) {
+Conv2dChoice choose(const char* op, const Conv2dCall& call, std::string_view name) {
   const bool winograd_allowed = name == "auto+winograd";
   if (name != "auto" && !winograd_allowed) {
     return {find_conv2d_algorithm(name), "asked for by name"};
+  }
+  if (MeasuredTimes* times = autotuning()) {
+    const Conv2dAlgorithm* fastest = times->fastest(op, call, winograd_allowed);
+    if (fastest) return {fastest, "the fastest by the times of convext.autotune()"};
   }
   return choose_conv2d_algorithm(call, winograd_allowed);
 }
@@ -42,7 +47,7 @@ void describe_conv2d(Conv2dCall& call, const Tensor& like, at::MemoryFormat form
 
 const Conv2dAlgorithm& pick_conv2d_algorithm(const char* op, const Conv2dCall& call,
                                              std::string_view name) {
-  const auto [algorithm, why] = choose(call, name);
+  const auto [algorithm, why] = choose(op, call, name);
   TORCH_CHECK_VALUE(
       algorithm, op, "(): no algorithm \"", name,
       "\" on the CPU; expected \"auto\", \"auto+winograd\" or one of: ", algorithm_names());
