@@ -1,7 +1,8 @@
 """Devices, ISAs and algorithms as parameters, and global state put back after each test.
 
 A test that takes `device`, `isa` or `algorithm` runs for every combination that exists: ISAs are
-the CPU's, algorithms those of the device.
+the CPU's, algorithms those of the device. One that takes a problem besides runs on the algorithms
+that do it, one that brings tensors of its own on those that do everything.
 """
 
 import random
@@ -9,6 +10,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from problems import PROBLEMS, Conv2dProblem
+from reference import declines
 
 import convext
 from convext import _C
@@ -46,6 +49,23 @@ def pytest_generate_tests(metafunc):
                     )
                 )
     metafunc.parametrize(names, rows, indirect=[name for name in names if name == "isa"])
+
+
+def _declined(item: pytest.Item) -> bool:
+    """Whether a test is of an algorithm that cannot do its problem."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "algorithm" not in parameters:
+        return False
+    problems = [p for p in parameters.values() if isinstance(p, Conv2dProblem)]
+    return any(declines(parameters["algorithm"], p) for p in problems or PROBLEMS)
+
+
+def pytest_collection_modifyitems(items):
+    """Pairs that an algorithm declines are no tests, but for the one that sees them refused.
+
+    That is `test_conv2d_errors.py::test_a_declined_problem_is_an_error`.
+    """
+    items[:] = [item for item in items if not _declined(item)]
 
 
 def pytest_terminal_summary(terminalreporter):

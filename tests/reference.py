@@ -17,6 +17,22 @@ HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64)
 
 # --------------------------------------------------------------------------------------------------
+# What an algorithm is for
+
+
+def declines(algorithm: str, p: Conv2dProblem) -> bool:
+    """Whether an algorithm refuses a problem, in every pass: what its documentation says, written
+    apart from its code.
+    """
+    if algorithm == "depthwise":
+        return p.groups != p.C
+    if algorithm in ("winograd", "winograd_2x2"):
+        three_by_three = p.kernel == (3, 3) and p.stride == p.dilation == (1, 1)
+        return not three_by_three or max(p.padding) > 2
+    return False
+
+
+# --------------------------------------------------------------------------------------------------
 # The definition
 
 

@@ -97,16 +97,16 @@ def operands(problem: Conv2dProblem, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_as_avx2(kernels, algorithm, dtype, layout):
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_same_bits_as_avx2(kernels, problem, algorithm, dtype, layout):
     """No sum crosses lanes and blocks are cut alike, so only the width of the vectors differs."""
-    for problem in PROBLEMS:
-        data = operands(problem, dtype)
-        for conv_pass in PASSES:
-            ours, avx2 = (
-                run(kernels, isa, algorithm, conv_pass, problem, layout, data)
-                for isa in ("avx512", "avx2")
-            )
-            assert torch.equal(ours, avx2), f"{problem}, {conv_pass}"
+    data = operands(problem, dtype)
+    for conv_pass in PASSES:
+        ours, avx2 = (
+            run(kernels, isa, algorithm, conv_pass, problem, layout, data)
+            for isa in ("avx512", "avx2")
+        )
+        assert torch.equal(ours, avx2), conv_pass
 
 
 def test_harness_computes_the_convolution(kernels):

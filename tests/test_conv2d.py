@@ -62,7 +62,14 @@ def test_equals_torch_in_16_bits(problem, conv_pass, dtype, layout, device, isa,
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "problem", [named("31 to 33 channels"), named("many groups"), LESSON_LAYERS[1]], ids=str
+    "problem",
+    [
+        named("31 to 33 channels"),
+        named("many groups"),
+        named("depthwise, odd"),
+        LESSON_LAYERS[1],
+    ],
+    ids=str,
 )
 @every_pass
 def test_16_bits_in_either_layout(problem, conv_pass, dtype, layout, device, isa, algorithm):
@@ -79,6 +86,7 @@ def test_16_bits_in_either_layout(problem, conv_pass, dtype, layout, device, isa
         named("pointwise"),
         named("several images in a block"),
         named("16 to 17 channels"),
+        named("depthwise, odd"),
     ],
     ids=str,
 )
@@ -94,9 +102,9 @@ def test_takes_any_strides(problem, conv_pass, form, dtype, device, algorithm):
 
 
 @pytest.mark.parametrize("forms", [("contiguous", "channels_last"), ("sliced", "transposed")])
+@pytest.mark.parametrize("problem", [named("16 to 17 channels"), named("depthwise, odd")], ids=str)
 @every_pass
-def test_operands_of_different_forms(forms, conv_pass, device, algorithm):
-    problem = named("16 to 17 channels")
+def test_operands_of_different_forms(problem, forms, conv_pass, device, algorithm):
     data = operands(problem, torch.float32)
     for one, other in (forms, forms[::-1]):
         first, second = in_form(data, one, device), in_form(data, other, device)
@@ -107,8 +115,8 @@ def test_operands_of_different_forms(forms, conv_pass, device, algorithm):
         expected(problem, conv_pass, torch.float32).check(result)
 
 
-def test_zero_tensors_without_storage(algorithm):
-    problem = named("plain")
+@pytest.mark.parametrize("problem", [named("plain"), named("depthwise")], ids=str)
+def test_zero_tensors_without_storage(problem, algorithm):
     zeros = Operands(*(torch._efficientzerotensor(t.shape) for t in operands(problem)))
     for conv_pass in PASSES:
         assert not convext_pass(problem, conv_pass, zeros, algorithm).any()
@@ -117,7 +125,8 @@ def test_zero_tensors_without_storage(algorithm):
 @small_problem
 def test_equals_plain_loops(problem, device, isa, algorithm):
     data = operands(problem)
-    ours = {p: convext_pass(problem, p, in_form(data, "contiguous", device)) for p in PASSES}
+    on_device = in_form(data, "contiguous", device)
+    ours = {p: convext_pass(problem, p, on_device, algorithm) for p in PASSES}
     loops = {
         "forward": plain_forward(problem, data.input, data.weight, data.bias),
         "grad_input": plain_grad_input(problem, data.grad_output, data.weight),
@@ -149,16 +158,16 @@ def test_equals_the_convolution_matrix(problem, device, isa, algorithm):
     )
 
 
-def test_no_bias_is_a_bias_of_zeros(device, isa, algorithm):
-    for problem in PROBLEMS:
-        data = in_form(operands(problem, torch.float32), "contiguous", device)
-        zeros = data._replace(bias=torch.zeros_like(data.bias))
-        torch.testing.assert_close(
-            convext_pass(problem, "forward", data._replace(bias=None), algorithm),
-            convext_pass(problem, "forward", zeros, algorithm),
-            rtol=0,
-            atol=0,
-        )
+@every_problem
+def test_no_bias_is_a_bias_of_zeros(problem, device, isa, algorithm):
+    data = in_form(operands(problem, torch.float32), "contiguous", device)
+    zeros = data._replace(bias=torch.zeros_like(data.bias))
+    torch.testing.assert_close(
+        convext_pass(problem, "forward", data._replace(bias=None), algorithm),
+        convext_pass(problem, "forward", zeros, algorithm),
+        rtol=0,
+        atol=0,
+    )
 
 
 @every_problem
@@ -178,8 +187,8 @@ def test_grad_bias(problem, dtype, device, isa):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_go_where_they_belong(value, device, isa, algorithm):
-    problem = named("16 to 17 channels")
+@pytest.mark.parametrize("problem", [named("16 to 17 channels"), named("depthwise, odd")], ids=str)
+def test_nan_and_infinity_go_where_they_belong(problem, value, device, isa, algorithm):
     for dtype in (torch.float32, torch.bfloat16):
         data = operands(problem, dtype)
         spoiled = data.input.clone()
@@ -282,13 +291,13 @@ def test_float32_error_is_at_most_twice_torchs(problem, conv_pass, device, isa, 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("restore_isa")
-def test_direct_gives_the_same_bits_on_every_isa(problem, dtype, layout):
+def test_same_bits_on_every_isa(problem, dtype, layout, algorithm):
     data = in_form(operands(problem, dtype), layout)
-    for conv_pass in ("forward", "grad_input"):
+    for conv_pass in PASSES:
         results = []
         for isa in _C.cpu_isas():
             _C.set_cpu_isa(isa)
-            results.append(convext_pass(problem, conv_pass, data, "direct"))
+            results.append(convext_pass(problem, conv_pass, data, algorithm))
         for result in results[1:]:
             assert torch.equal(result, results[0])
 
@@ -317,10 +326,14 @@ def test_same_bits_of_grad_bias_for_any_number_of_threads(isa):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_bits_on_every_run(layout, device, isa, algorithm):
-    for problem in (*LESSON_LAYERS, named("several images in a block")):
-        data = in_form(operands(problem, torch.float32), layout, device)
-        for conv_pass in PASSES:
-            first = convext_pass(problem, conv_pass, data, algorithm)
-            for _ in range(5):
-                assert torch.equal(convext_pass(problem, conv_pass, data, algorithm), first)
+@pytest.mark.parametrize(
+    "problem",
+    [*LESSON_LAYERS, named("several images in a block"), named("depthwise, odd")],
+    ids=str,
+)
+def test_same_bits_on_every_run(problem, layout, device, isa, algorithm):
+    data = in_form(operands(problem, torch.float32), layout, device)
+    for conv_pass in PASSES:
+        first = convext_pass(problem, conv_pass, data, algorithm)
+        for _ in range(5):
+            assert torch.equal(convext_pass(problem, conv_pass, data, algorithm), first)

@@ -122,8 +122,8 @@ def test_derivatives_equal_torchs(problem, order, device, algorithm):
         torch.testing.assert_close(one / scale, other / scale, rtol=1e-11, atol=1e-11)
 
 
-def test_third_derivatives_equal_torchs(device, algorithm):
-    problem = named("groups")
+@pytest.mark.parametrize("problem", [named("groups"), named("depthwise multiplier")], ids=str)
+def test_third_derivatives_equal_torchs(problem, device, algorithm):
     inputs = leaves(problem, device, "input", "weight", "bias")
     tail = problem.settings
     ours = derivatives(lambda *x: conv2d(*x, *tail, algorithm=algorithm), inputs, 3)
@@ -255,7 +255,9 @@ def test_the_list_of_foreign_ops_knows_torchs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("problem", [LESSON_LAYERS[1], named("groups")], ids=str)
+@pytest.mark.parametrize(
+    "problem", [LESSON_LAYERS[1], named("groups"), named("depthwise")], ids=str
+)
 def test_no_foreign_convolution(problem, dtype, device, algorithm):
     tensors = leaves(problem, device, "input", "weight", "bias")
     tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import named
-from reference import operands
+from problems import PROBLEMS, named
+from reference import PASSES, Operands, convext_pass, declines, operands
 
 import convext
 from convext.functional import conv2d
@@ -261,6 +261,21 @@ def test_unknown_algorithm_of_an_empty_batch(device):
     data = [tensor.to(device) for tensor in operands(named("batch of none"))]
     with pytest.raises(ValueError, match="no algorithm"):
         conv2d(*data[:3], algorithm="fastest")
+
+
+def test_a_declined_problem_is_an_error(device):
+    """Never another algorithm in its place. What is declined is tested nowhere else."""
+    for algorithm in convext.algorithms(device):
+        for problem in PROBLEMS:
+            if not declines(algorithm, problem):
+                continue
+            data = Operands(*(tensor.to(device) for tensor in operands(problem, torch.float32)))
+            for conv_pass in PASSES:
+                exception = raised(convext_pass, problem, conv_pass, data, algorithm)
+                assert isinstance(exception, ValueError), f"{algorithm}, {problem}, {conv_pass}"
+                message = str(exception)
+                reason = message.partition(f'algorithm "{algorithm}" cannot do this problem: ')[2]
+                assert len(reason) > 10, message
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from problems import named
 from torch import nn
 
 import convext
@@ -285,9 +286,11 @@ def test_replace_and_restore():
 # What the library says of itself
 
 
-def test_last_algorithm(algorithm):
-    layer = convext.Conv2d(8, 8, 3, algorithm=algorithm)
-    layer(torch.randn(1, 8, 5, 5, requires_grad=True)).sum().backward()
+@pytest.mark.parametrize("problem", [named("plain"), named("depthwise")], ids=str)
+def test_last_algorithm(problem, algorithm):
+    layer = convext.Conv2d(problem.C, problem.O, problem.kernel, *problem.settings)
+    layer.algorithm = algorithm
+    layer(torch.randn(problem.input_size, requires_grad=True)).sum().backward()
     assert convext.last_algorithm() == (algorithm, algorithm, algorithm)
 
 
