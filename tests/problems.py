@@ -154,7 +154,34 @@ EDGES = [
     P("pointwise strided, wide", 2, 33, 9, 14, 65, (1, 1), (2, 3)),
 ]
 
-PROBLEMS = [*SMALL, *EDGES, *LESSON_LAYERS]
+# Depthwise: around tiles of 6, 8 and 16 pixels, pieces of 1 and 2 vectors, ranges of 32 channels,
+# blocks of rows of 256 KB, chains of 16 taps, and at every kind of edge.
+DEPTHWISE = [
+    *(
+        P(f"depthwise, {w} wide, {c} channels", 2, c, 5, w, c, (3, 3), (1, 1), (1, 1), (1, 1), c)
+        for w, c in [(1, 2), (2, 3), (7, 15), (8, 16), (15, 17), (16, 1), (17, 32), (31, 33)]
+    ),
+    P("depthwise, one column", 2, 3, 33, 1, 3, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    P("depthwise, strides 1 and 2", 2, 16, 6, 33, 16, (3, 3), (1, 2), (1, 1), (1, 1), 16),
+    P("depthwise, strides 3 and 2", 2, 17, 14, 19, 17, (3, 3), (3, 2), (1, 0), (1, 1), 17),
+    P("depthwise, strides 2 and 3", 1, 3, 11, 20, 3, (3, 4), (2, 3), (2, 1), (1, 1), 3),
+    P("depthwise, 5x5", 2, 18, 9, 17, 18, (5, 5), (1, 1), (2, 2), (1, 1), 18),
+    P("depthwise, 5x5, strided", 2, 15, 13, 18, 15, (5, 5), (2, 2), (2, 1), (1, 1), 15),
+    P("depthwise, 2x4", 2, 34, 8, 12, 34, (2, 4), (1, 1), (1, 2), (1, 1), 34),
+    P("depthwise, pointwise", 2, 18, 5, 7, 18, (1, 1), (1, 1), (0, 0), (1, 1), 18),
+    P("depthwise, dilated", 1, 16, 9, 14, 16, (3, 3), (1, 1), (2, 3), (2, 3), 16),
+    P("depthwise, dilated, strided", 1, 5, 14, 17, 5, (3, 5), (2, 3), (2, 1), (4, 2), 5),
+    P("depthwise, padding above the kernel", 1, 3, 4, 6, 3, (2, 3), (1, 2), (3, 4), (1, 1), 3),
+    P("depthwise, large kernel", 1, 9, 11, 20, 9, (7, 17), (1, 1), (3, 8), (1, 1), 9),
+    P("depthwise, multiplier 2", 2, 17, 7, 9, 34, (3, 3), (2, 1), (1, 1), (1, 1), 17),
+    P("depthwise, multiplier 3", 1, 33, 6, 5, 99, (3, 2), (1, 2), (1, 0), (1, 1), 33),
+    P("depthwise, rows split", 2, 33, 61, 40, 33, (3, 3), (1, 1), (1, 1), (1, 1), 33),
+    P("depthwise, rows split, strided", 1, 34, 90, 50, 34, (3, 3), (2, 2), (1, 1), (1, 1), 34),
+    P("depthwise, many images", 35, 4, 5, 6, 4, (3, 3), (1, 1), (1, 1), (1, 1), 4),
+    P("depthwise, batch of none", 0, 5, 6, 5, 5, (3, 2), (1, 1), (1, 1), (1, 1), 5),
+]
+
+PROBLEMS = [*SMALL, *EDGES, *DEPTHWISE, *LESSON_LAYERS]
 
 # Larger layers, for benchmarks.
 LARGE_LAYERS = [

@@ -241,8 +241,16 @@ def test_calls_no_kernel_but_ours(algorithm, training, order):
 
 
 @order_parameter
-def test_same_bits_on_every_isa_and_number_of_threads(restore_isa, restore_threads, order):
-    p = Conv2dProblem("bits", 9, 5, 13, 11, 21, (3, 2), (2, 1), (1, 1))
+@pytest.mark.parametrize(
+    "p",
+    [
+        Conv2dProblem("dense", 9, 5, 13, 11, 21, (3, 2), (2, 1), (1, 1)),
+        named("depthwise, rows split"),
+        named("depthwise, multiplier 2"),
+    ],
+    ids=str,
+)
+def test_same_bits_on_every_isa_and_number_of_threads(restore_isa, restore_threads, p, order):
     for dtype, layout, training in itertools.product(
         (torch.float32, torch.float64, torch.bfloat16), LAYOUTS, (True, False)
     ):

@@ -294,6 +294,13 @@ def test_last_algorithm(problem, algorithm):
     assert convext.last_algorithm() == (algorithm, algorithm, algorithm)
 
 
+def test_auto_takes_depthwise_for_filters_of_one_channel():
+    for filters in (4, 8):
+        x = torch.randn(1, 4, 8, 8, requires_grad=True)
+        convext.Conv2d(4, filters, 3, groups=4)(x).sum().backward()
+        assert convext.last_algorithm() == ("depthwise", "depthwise", "depthwise")
+
+
 def test_auto_takes_columns_for_the_gradient_of_few_channels():
     x = torch.randn(1, 1, 8, 8, requires_grad=True)
     convext.Conv2d(1, 8, 3)(x).sum().backward()

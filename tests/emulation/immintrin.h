@@ -20,5 +20,16 @@ inline Vector load_masked(unsigned mask, const void* from) {
   __builtin_memcpy(&result, lanes, sizeof result);
   return result;
 }
+// Likewise writes no more.
+template <class T, class Vector>
+inline void store_masked(void* to, unsigned mask, Vector vector) {
+  T lanes[sizeof(Vector) / sizeof(T)];
+  __builtin_memcpy(lanes, &vector, sizeof lanes);
+  for (unsigned i = 0; i < sizeof(Vector) / sizeof(T); ++i) {
+    if (mask >> i & 1) static_cast<T*>(to)[i] = lanes[i];
+  }
+}
+#define _mm512_mask_storeu_ps(to, mask, vector) store_masked<float>(to, mask, vector)
+#define _mm512_mask_storeu_pd(to, mask, vector) store_masked<double>(to, mask, vector)
 #define _mm512_maskz_loadu_ps(mask, from) load_masked<__m512, float>(mask, from)
 #define _mm512_maskz_loadu_pd(mask, from) load_masked<__m512d, double>(mask, from)

@@ -7,11 +7,19 @@ const char* does_all(const Conv2dCall&) {
   return nullptr;
 }
 
+const char* is_depthwise(const Conv2dCall& call) {
+  return call.problem.groups == call.problem.in_channels
+             ? nullptr
+             : "depthwise convolution has as many groups as input channels";
+}
+
 constexpr Conv2dAlgorithm kAlgorithms[] = {
     // Sums products where the operands lie. The same bits on every ISA; fastest on small layers.
     {"direct", does_all, conv2d_direct},
     // Writes the convolution's matrix out, in blocks, and multiplies by our GEMM.
     {"im2col", does_all, conv2d_im2col},
+    // One channel a filter: lanes across channels, nothing summed over them.
+    {"depthwise", is_depthwise, conv2d_depthwise},
 };
 
 }  // namespace

@@ -57,5 +57,7 @@ const Conv2dAlgorithm* find_conv2d_algorithm(std::string_view name);
 void conv2d_direct(const Conv2dCall&, Arena&);
 // conv2d_im2col.cpp
 void conv2d_im2col(const Conv2dCall&, Arena&);
+// conv2d_depthwise.cpp
+void conv2d_depthwise(const Conv2dCall&, Arena&);
 
 }  // namespace convext::cpu

@@ -23,9 +23,10 @@ bool is_depthwise(const Conv2dProblem& p, Conv2dPass, DType, Layout) {
   return p.groups > 1 && p.group_in_channels() == 1;
 }
 
-bool has_idle_lanes(const Conv2dProblem& p, Conv2dPass pass, DType, Layout) {
-  return pass == Conv2dPass::backward_input && p.group_in_channels() <= 3 &&
-         p.group_out_channels() >= 8;
+// In nchw direct's lanes may be pixels instead.
+bool has_idle_lanes(const Conv2dProblem& p, Conv2dPass pass, DType, Layout layout) {
+  return pass == Conv2dPass::backward_input && layout == Layout::nhwc &&
+         p.group_in_channels() <= 3 && p.group_out_channels() >= 8;
 }
 
 constexpr Conv2dChoiceRow kRows[] = {
@@ -38,8 +39,8 @@ constexpr Conv2dChoiceRow kRows[] = {
     {"depthwise", is_depthwise,
      "one input channel a group: no sum over channels, so that lanes run over groups or pixels"},
     {"im2col", has_idle_lanes,
-     "gradient of one to three input channels: direct's lanes, which are input channels, would "
-     "mostly idle; a matrix's run over all weights of a filter"},
+     "gradient of one to three input channels in channels_last: direct's lanes, which are input "
+     "channels, would mostly idle; a matrix's run over all weights of a filter"},
     {"direct", anything, "nothing above fits: sums products where the operands lie, no matrix"},
 };
 

@@ -142,6 +142,30 @@ struct PhasedCopy {
   int64_t first_row, first_col;
 };
 
+// A rectangle of pixels that all meet the same rectangle of a depthwise kernel's taps. Channels lie
+// side by side in all three tensors; what else lies how far apart is told in elements.
+//
+//   depthwise_pixels    pixel[p][c] = init[c] + sum over taps t of source[p + t][c] * weight[t][c]
+//   depthwise_weights   weight[t][c] += sum over pixels p of source[p + t][c] * pixel[p][c]
+//
+// The first sums in the order tap row, tap column, in chains of `chain_rows` rows of taps that are
+// added up in pixel; with `accumulate` the first is added to what pixel held. The second sums in
+// the order row, column, in one chain: the caller sees to its length, and that there are taps, at
+// most kDepthwiseTaps in a row and in a column.
+constexpr int64_t kDepthwiseTaps = 3;
+template <class T>
+struct DepthwiseTile {
+  const T* source;  // what the first tap of the first pixel meets
+  T* weight;
+  T* pixel;
+  int64_t rows, columns, source_row, source_column, pixel_row, pixel_column;
+  int64_t tap_rows, tap_columns, tap_row, tap_column, weight_row, weight_column;
+  int64_t channels;
+  int64_t chain_rows;
+  const T* init;  // or null for zeros
+  bool accumulate;
+};
+
 // Kernels for one accumulation type, float or double.
 template <class T>
 struct VectorKernels {
@@ -169,6 +193,9 @@ struct VectorKernels {
   // n elements at element `offset` of a tensor of any dtype that accumulates in T.
   void (*load)(DType dtype, const void* from, int64_t offset, T* to, int64_t n);
   void (*store)(const T* from, DType dtype, void* to, int64_t offset, int64_t n);
+
+  void (*depthwise_pixels)(const DepthwiseTile<T>&);
+  void (*depthwise_weights)(const DepthwiseTile<T>&);
 };
 
 struct IsaKernels {

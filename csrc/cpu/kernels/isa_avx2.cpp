@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels/half.h"
 #include "cpu/kernels/isa.h"

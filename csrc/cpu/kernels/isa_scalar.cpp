@@ -1,6 +1,7 @@
 // Portable C++: runs everywhere, the reference for the others, and slow where the CPU has no FMA.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels/half.h"
 #include "cpu/kernels/isa.h"

@@ -129,3 +129,4 @@ CONVEXT_INLINE void transpose_square(Vec<float> (&x)[8]) {
 constexpr int kMostVectors = 2;
 constexpr int kGatherRows[4] = {12, 6};
 constexpr int kGemmRows = 6, kGemmVectors = 2;
+constexpr int kDepthwisePixels = 8, kDepthwiseVectors = 1;

@@ -133,3 +133,4 @@ CONVEXT_INLINE void transpose_square(Vec<float> (&x)[16]) {
 constexpr int kMostVectors = 4;
 constexpr int kGatherRows[4] = {12, 12, 8, 6};
 constexpr int kGemmRows = 14, kGemmVectors = 2;
+constexpr int kDepthwisePixels = 6, kDepthwiseVectors = 2;

@@ -270,6 +270,7 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 }
 
 #include "cpu/kernels/column_tiles.h"
+#include "cpu/kernels/depthwise_tiles.h"
 
 // constexpr, for a table is read on CPUs that cannot run the code it points to.
 template <class T>
@@ -286,5 +287,7 @@ constexpr VectorKernels<T> vector_kernels() {
           column_sums<T>,
           column_map<T>,
           load,
-          store};
+          store,
+          depthwise_pixels<T>,
+          depthwise_weights<T>};
 }
