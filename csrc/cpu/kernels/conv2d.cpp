@@ -20,6 +20,9 @@ constexpr Conv2dAlgorithm kAlgorithms[] = {
     {"im2col", does_all, conv2d_im2col},
     // One channel a filter: lanes across channels, nothing summed over them.
     {"depthwise", is_depthwise, conv2d_depthwise},
+    // A quarter, or 4/9, of the multiplications; errors are larger (see conv2d_winograd.cpp).
+    {"winograd", winograd_declines, conv2d_winograd},
+    {"winograd_2x2", winograd_declines, conv2d_winograd_2x2},
 };
 
 }  // namespace

@@ -59,5 +59,9 @@ void conv2d_direct(const Conv2dCall&, Arena&);
 void conv2d_im2col(const Conv2dCall&, Arena&);
 // conv2d_depthwise.cpp
 void conv2d_depthwise(const Conv2dCall&, Arena&);
+// conv2d_winograd.cpp: F(4x4, 3x3) and F(2x2, 3x3)
+const char* winograd_declines(const Conv2dCall&);
+void conv2d_winograd(const Conv2dCall&, Arena&);
+void conv2d_winograd_2x2(const Conv2dCall&, Arena&);
 
 }  // namespace convext::cpu

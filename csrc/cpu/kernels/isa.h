@@ -67,6 +67,56 @@ struct GatherTile {
   bool accumulate;
 };
 
+// A block of a matrix product of operands in memory:
+//
+//   out[r * ld_out + lane] (+)= sum over k of a[r * a_row_stride + k * a_k_stride] *
+//   b[k * ld_b + lane]
+//
+// in one chain of fused multiply-adds. One of a's strides is 1.
+template <class T>
+struct Multiply {
+  const T* a;
+  int64_t a_row_stride, a_k_stride;
+  const T* b;
+  int64_t ld_b;
+  int64_t k;
+  T* out;
+  int64_t ld_out;
+  int64_t rows;
+  int vectors;  // of lanes: 1 or 2
+  bool accumulate;
+};
+
+// What is done to tiles in a Winograd convolution F(size x size, 3x3), X being a tile of some
+// channels and the matrices those of winograd_tiles.h.
+//
+//   input         B^T X B    (size + 2)^2 pixels to as many planes
+//   output        A^T X A    planes to size^2 pixels, plus a bias
+//   output_grad   A X A^T    pixels to planes
+//   filter        G X G^T    9 planes to (size + 2)^2
+//   filter_grad   G^T X G    and back
+enum class WinogradMap { input, output, output_grad, filter, filter_grad };
+
+// Where tiles lie: pixels of images by a list of pointers, [tile][pixel]; planes by strides.
+template <class T>
+struct WinogradSide {
+  T* const* pixels;
+  T* planes;
+  int64_t plane_stride, tile_stride;
+};
+
+template <class T>
+struct WinogradTiles {
+  WinogradMap map;
+  int size;  // 2 or 4
+  WinogradSide<const T> from;
+  WinogradSide<T> to;
+  const T* bias;  // with room for a vector more, or null
+  // Columns, which are channels. Planes, but not pixels, have room for whole vectors of them.
+  int64_t count, cols;
+  int row;  // the one row of a filter's planes to compute, and `to` begins with it, or -1 for all
+};
+
 // Sums down the columns of a matrix, whose rows lie `ld` elements apart. They are added to what sum
 // and dot hold.
 //
@@ -186,6 +236,8 @@ struct VectorKernels {
                     int64_t cols);
 
   void (*phased_copy)(const PhasedCopy<T>&);
+  void (*multiply)(const Multiply<T>&);
+  void (*winograd)(const WinogradTiles<T>&);
 
   void (*column_sums)(const ColumnSums<T>&);
   void (*column_map)(const ColumnMap<T>&);

@@ -271,6 +271,8 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 
 #include "cpu/kernels/column_tiles.h"
 #include "cpu/kernels/depthwise_tiles.h"
+#include "cpu/kernels/multiply_tile.h"
+#include "cpu/kernels/winograd_tiles.h"
 
 // constexpr, for a table is read on CPUs that cannot run the code it points to.
 template <class T>
@@ -284,6 +286,8 @@ constexpr VectorKernels<T> vector_kernels() {
           gemm<T>,
           transpose<T>,
           phased_copy<T>,
+          multiply<T>,
+          winograd<T>,
           column_sums<T>,
           column_map<T>,
           load,
