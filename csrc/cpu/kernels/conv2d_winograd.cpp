@@ -110,15 +110,16 @@ class Filters {
       FilterBank part = bank_;
       part.filters = std::min(most_, bank_.filters - first);
       const int64_t offset = (group * bank_.filters + first) * bank_.channels * bank_.taps;
-      T* convert = convert_ + slot * convert_size_;
+      const T* filters =
+          as_type(isa_, part.dtype, weight, offset, part.size(), convert_ + slot * convert_size_);
       T* matrix = matrices_ + group * matrix_size_ + first * bank_.taps * (forward_ ? k : ld);
       T* planes = planes_ + group * n * n * plane_stride;
       if (forward_) {
         const int64_t width = round_up(part.filters, isa_.lanes);
-        load_filters_by_filter(isa_, part, weight, offset, matrix, width, convert);
+        load_filters_by_filter(isa_, part, filters, 0, width, matrix, width);
         if (!many) transform(group, first, width, 0, k, kAllRows, planes);
       } else {
-        load_filters_by_channel(isa_, part, weight, offset, matrix, ld, convert);
+        load_filters_by_channel(isa_, part, filters, 0, ld, matrix, ld);
         if (!many) transform(group, 0, ld, first, part.filters, kAllRows, planes);
       }
     });

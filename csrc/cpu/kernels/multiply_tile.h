@@ -13,10 +13,7 @@ CONVEXT_INLINE void multiply_rows(const Multiply<T>& m, const T* a, T* out) {
   CONVEXT_UNROLL
   for (int i = 0; i < kPointers; ++i) base[i] = a + 3 * i * ld;
   const T* b = m.b;
-#ifndef AHEAD
-#define AHEAD 8
-#endif
-  constexpr int kAhead = AHEAD;
+  constexpr int kAhead = 8;  // rows of b that are fetched early
   V sum[kRows][kVectors];
   CONVEXT_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -71,10 +68,10 @@ void multiply_all(const Multiply<T>& m) {
 template <class T>
 void multiply(const Multiply<T>& m) {
   if (m.a_k_stride == 1) {
-    m.vectors == 2 ? multiply_all<T, 2, kGatherRows2, true>(m)
-                   : multiply_all<T, 1, kGatherRows1, true>(m);
+    m.vectors == 2 ? multiply_all<T, 2, kMultiplyRows[1], true>(m)
+                   : multiply_all<T, 1, kMultiplyRows[0], true>(m);
   } else {
-    m.vectors == 2 ? multiply_all<T, 2, kGatherRows2, false>(m)
-                   : multiply_all<T, 1, kGatherRows1, false>(m);
+    m.vectors == 2 ? multiply_all<T, 2, kMultiplyRows[1], false>(m)
+                   : multiply_all<T, 1, kMultiplyRows[0], false>(m);
   }
 }

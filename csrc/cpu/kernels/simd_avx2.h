@@ -128,5 +128,6 @@ CONVEXT_INLINE void transpose_square(Vec<float> (&x)[8]) {
 // Rows of the register tiles: accumulators, two weights and a broadcast fill the 16 registers.
 constexpr int kMostVectors = 2;
 constexpr int kGatherRows[4] = {12, 6};
+constexpr int kMultiplyRows[2] = {12, 6};
 constexpr int kGemmRows = 6, kGemmVectors = 2;
 constexpr int kDepthwisePixels = 8, kDepthwiseVectors = 1;

@@ -132,5 +132,6 @@ CONVEXT_INLINE void transpose_square(Vec<float> (&x)[16]) {
 // which there are fewer than vector registers.
 constexpr int kMostVectors = 4;
 constexpr int kGatherRows[4] = {12, 12, 8, 6};
+constexpr int kMultiplyRows[2] = {24, 14};
 constexpr int kGemmRows = 14, kGemmVectors = 2;
 constexpr int kDepthwisePixels = 6, kDepthwiseVectors = 2;

@@ -85,5 +85,6 @@ inline int64_t store_vectors(const float*, DType, uint16_t*, int64_t) {
 // Rows of the register tiles.
 constexpr int kMostVectors = 2;
 constexpr int kGatherRows[4] = {4, 2};
+constexpr int kMultiplyRows[2] = {4, 2};
 constexpr int kGemmRows = 4, kGemmVectors = 1;
 constexpr int kDepthwisePixels = 4, kDepthwiseVectors = 1;
