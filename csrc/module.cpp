@@ -1,6 +1,6 @@
 // The Python module convext._C. Importing it runs the registrations of the ops; what it exports are
-// facts about the build and the tables of algorithms, never anything on the layers' path, since a
-// pybind11 call breaks a torch.compile graph.
+// facts about the build, the tables of algorithms and what the benchmarks measure the machine with,
+// never anything on the layers' path, since a pybind11 call breaks a torch.compile graph.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/conv2d_choice.h"
 #include "cpu/kernels/isa.h"
+#include "cpu/kernels/peak.h"
 #include "last_algorithm.h"
 
 namespace py = pybind11;
@@ -82,6 +83,22 @@ py::tuple auto_rows() {
   return py::tuple(rows);
 }
 
+int64_t fma_loop(bool double_precision, int64_t steps, int64_t tasks) {
+  return cpu::fma_loop(double_precision ? DType::float64 : DType::float32, steps, tasks);
+}
+
+void copy_loop(const py::buffer& from, const py::buffer& to, int64_t repeats, int64_t tasks) {
+  const py::buffer_info source = from.request(), target = to.request(/*writable=*/true);
+  const py::ssize_t bytes = source.size * source.itemsize;
+  if (source.ndim != 1 || target.ndim != 1 || source.strides[0] != source.itemsize ||
+      target.strides[0] != target.itemsize || target.size * target.itemsize != bytes) {
+    throw py::value_error("copy_loop: expected two contiguous buffers of the same size");
+  }
+  if (tasks < 1) throw py::value_error("copy_loop: expected at least one task");
+  cpu::copy_loop(static_cast<const char*>(source.ptr), static_cast<char*>(target.ptr), bytes,
+                 repeats, tasks);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -104,6 +121,9 @@ PYBIND11_MODULE(_C, m) {
       .def("table", &cpu::MeasuredTimes::table)
       .def("add", &cpu::MeasuredTimes::add);
   m.def("exchange_autotuning", &cpu::exchange_autotuning, py::arg("times").none(true));
+  m.def("fma_loop", &fma_loop, py::arg("double_precision"), py::arg("steps"), py::arg("tasks"));
+  m.def("copy_loop", &copy_loop, py::arg("source"), py::arg("target"), py::arg("repeats"),
+        py::arg("tasks"));
 }
 
 }  // namespace convext

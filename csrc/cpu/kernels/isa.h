@@ -248,6 +248,9 @@ struct VectorKernels {
 
   void (*depthwise_pixels)(const DepthwiseTile<T>&);
   void (*depthwise_weights)(const DepthwiseTile<T>&);
+  // Computes nothing of use: `steps` rounds of fused multiply-adds in registers. Leaves a vector of
+  // results in sums, and returns the number of floating-point operations.
+  int64_t (*fma_loop)(int64_t steps, T* sums);
 };
 
 struct IsaKernels {

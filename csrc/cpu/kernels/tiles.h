@@ -273,6 +273,7 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 #include "cpu/kernels/depthwise_tiles.h"
 #include "cpu/kernels/multiply_tile.h"
 #include "cpu/kernels/winograd_tiles.h"
+#include "cpu/kernels/peak_tile.h"
 
 // constexpr, for a table is read on CPUs that cannot run the code it points to.
 template <class T>
@@ -293,5 +294,6 @@ constexpr VectorKernels<T> vector_kernels() {
           load,
           store,
           depthwise_pixels<T>,
-          depthwise_weights<T>};
+          depthwise_weights<T>,
+          fma_loop<T>};
 }
