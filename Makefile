@@ -23,7 +23,7 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-fast bench lint format clean FORCE
+.PHONY: help train test test-fast bench bench-kernels lint format clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -38,7 +38,10 @@ test-fast: $(VENV)/.built ## the tests not marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 bench: $(VENV)/.built ## our kernels beside PyTorch's
-	$(BIN)/python -m pytest benchmarks -o python_files="*.py" $(ARGS)
+	$(BIN)/python -m convext bench $(ARGS)
+
+bench-kernels: $(VENV)/.built ## each kernel by itself, under pytest-benchmark
+	$(BIN)/python -m pytest benchmarks/kernels.py $(ARGS)
 
 lint: $(VENV)/.built ## check style and format, change nothing
 	$(BIN)/ruff check .

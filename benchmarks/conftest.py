@@ -1,25 +1,20 @@
-"""Options of the benchmarks, and the table at their end."""
+"""Options of the kernels' benchmarks."""
 
-import timing
+import pytest
 import torch
+
+from convext.bench.suite import DTYPES
 
 
 def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=1, help="threads that torch may use")
+    parser.addoption("--dtype", choices=DTYPES, default="float32", help="of all operands")
 
 
 def pytest_configure(config):
-    config.comparisons = []
     torch.set_num_threads(config.getoption("--threads"))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if not config.comparisons:
-        return
-    terminalreporter.section(
-        f"ours beside torch {torch.__version__}, {torch.get_num_threads()} thread(s); "
-        "ratio above 1: ours is faster"
-    )
-    terminalreporter.line(timing.HEADER)
-    for comparison in config.comparisons:
-        terminalreporter.line(str(comparison))
+@pytest.fixture
+def dtype(request):
+    return DTYPES[request.config.getoption("--dtype")]

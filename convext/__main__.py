@@ -18,6 +18,7 @@ from convext.errors import UserError
 EXTRAS = {
     "filelock": "train",
     "lightning": "train",
+    "matplotlib": "plot",
     "pooch": "train",
     "requests": "train",
     "rich": "train",
@@ -92,7 +93,51 @@ def _train(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_train,)
+def _bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time our kernels beside PyTorch's",
+        description="Times our kernels and PyTorch's in turn, in one process, and prints a "
+        "Markdown table as it goes, then every goal with its figure. Names are separated by "
+        "spaces; 'all' stands for all of them.",
+    )
+    add = parser.add_argument
+    several = {"nargs": "+", "default": [], "metavar": "NAME"}
+    add(
+        "--groups",
+        **several,
+        help="mnist, resnet50, vgg16, mobilenet, batchnorm, step, block, overhead (default: "
+        "these), epoch (one of `convext train`)",
+    )
+    add("--passes", **several, help="forward, grad_input, grad_weight, eval, ... (default: all)")
+    add("--layouts", **several, help="NCHW, channels_last (default: both)")
+    add("--dtypes", **several, help="float32, float64, bfloat16, float16 (default: float32)")
+    add("--threads", nargs="+", default=[], type=int, metavar="N", help="(default: 1)")
+    add("--algorithms", **several, help="to time besides auto (default: none)")
+    add("--match", default="", metavar="TEXT", help="only layers whose name has it: '3x3 s2'")
+    add("--batch", type=int, metavar="N", help="images (default: each group's own)")
+    add("--rounds", type=int, metavar="N", help="samples of each call (default: 15; quick: 9)")
+    add(
+        "--quick",
+        action="store_true",
+        help="few layers of the large networks, one image, short samples: below three minutes",
+    )
+    add(
+        "--regret",
+        action="store_true",
+        help="time every algorithm, and say how far auto is from the best",
+    )
+    add("--report", metavar="DIR", help="write report.md, report.json and plots into this folder")
+
+    def run(args: argparse.Namespace) -> None:
+        from convext.bench.command import bench
+
+        bench(args)
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (_train, _bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for add_command in COMMANDS:
         add_command(commands)
     args = parser.parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else list(argv)
     try:
         args.run(args)
     except UserError as error:

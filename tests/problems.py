@@ -1,4 +1,4 @@
-"""Named convolution problems, for tests and benchmarks, and the forms in which tensors may arrive.
+"""Named convolution problems, and the forms in which tensors may arrive.
 
 A problem's name says what it exercises. Edges of the kernels' own blocking are met on both sides:
 vectors of 4, 8 and 16 lanes, tiles of 6, 12 and 14 rows, blocks of 256 pixels and 64 filters, a
@@ -9,80 +9,16 @@ To add a problem, add a line: every test and every device meets it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Pair = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Conv2dProblem:
-    """Sizes and settings of a conv2d, pairs being (height, width)."""
-
-    name: str
-    N: int
-    C: int
-    H: int
-    W: int
-    O: int  # noqa: E741
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def input_size(self) -> tuple[int, int, int, int]:
-        return (self.N, self.C, self.H, self.W)
-
-    @property
-    def weight_size(self) -> tuple[int, int, int, int]:
-        return (self.O, self.C // self.groups, *self.kernel)
-
-    @property
-    def output_size(self) -> tuple[int, int, int, int]:
-        axes = zip(
-            (self.H, self.W), self.kernel, self.stride, self.padding, self.dilation, strict=True
-        )
-        return (self.N, self.O, *((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in axes))
-
-    @property
-    def settings(self) -> tuple[list[int], list[int], list[int], int]:
-        """Stride, padding, dilation and groups, as the ops take them."""
-        return list(self.stride), list(self.padding), list(self.dilation), self.groups
-
-    @property
-    def multiplications(self) -> int:
-        """Of one pass, those with padding included."""
-        n, o, height, width = self.output_size
-        return n * o * height * width * self.C // self.groups * self.kernel[0] * self.kernel[1]
-
-    def terms(self, conv_pass: str) -> int:
-        """Products that one element of the pass's result sums, at most."""
-        taps = self.kernel[0] * self.kernel[1]
-        n, _, height, width = self.output_size
-        return {
-            "forward": self.C // self.groups * taps,
-            "grad_input": self.O // self.groups * taps,
-            "grad_weight": n * height * width,
-        }[conv_pass]
-
+from convext.bench.layers import lesson
+from convext.bench.problem import Conv2dProblem
 
 P = Conv2dProblem
 
-# The convolutions of the lesson's network for MNIST (fastbook, chapter 13).
-LESSON_LAYERS = [
-    P("lesson layer 1", 5, 1, 28, 28, 8, (5, 5), (2, 2), (2, 2)),
-    P("lesson layer 2", 5, 8, 14, 14, 16, (3, 3), (2, 2), (1, 1)),
-    P("lesson layer 3", 5, 16, 7, 7, 32, (3, 3), (2, 2), (1, 1)),
-    P("lesson layer 4", 5, 32, 4, 4, 64, (3, 3), (2, 2), (1, 1)),
-    P("lesson layer 5", 5, 64, 2, 2, 10, (3, 3), (2, 2), (1, 1)),
-]
+LESSON_LAYERS = lesson(batch=5)
 
 # Small enough for plain loops in Python and for numerical derivatives; each a kind of its own.
 SMALL = [
@@ -182,15 +118,6 @@ DEPTHWISE = [
 ]
 
 PROBLEMS = [*SMALL, *EDGES, *DEPTHWISE, *LESSON_LAYERS]
-
-# Larger layers, for benchmarks.
-LARGE_LAYERS = [
-    P("32 to 64, 3x3", 8, 32, 56, 56, 64, (3, 3), (1, 1), (1, 1)),
-    P("64 to 128, 3x3, stride 2", 8, 64, 56, 56, 128, (3, 3), (2, 2), (1, 1)),
-    P("256 to 64, pointwise", 8, 256, 28, 28, 64, (1, 1)),
-    P("96 depthwise, 3x3", 8, 96, 56, 56, 96, (3, 3), (1, 1), (1, 1), (1, 1), 96),
-    P("3 to 64, 7x7, stride 2", 4, 3, 112, 112, 64, (7, 7), (2, 2), (3, 3)),
-]
 
 
 def named(name: str) -> Conv2dProblem:

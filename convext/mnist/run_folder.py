@@ -35,15 +35,15 @@ def new_run_folder(out: str | Path | None, name: str) -> Path:
     raise UserError("runs: no free name is left; give one with --out")
 
 
-def writable_folder(folder: Path) -> Path:
-    """Makes the folder if need be, and makes sure now, not after the training, of writing."""
+def writable_folder(folder: Path, option: str = "--out") -> Path:
+    """Makes the folder if need be, and makes sure now, not after the work, of writing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--out: {folder}: {error.strerror or error}") from error
+        raise UserError(f"{option}: {folder}: {error.strerror or error}") from error
     return folder
 
 

@@ -1,0 +1,80 @@
+"""The one timer: what is compared runs in turn, in one process, and so meets the same machine."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+Call = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent on one comparison."""
+
+    rounds: int = 15  # samples of each call, or fewer where `seconds` are over, but at least 3
+    sample: float = 2e-3  # seconds that a sample takes at least, by repeating a short call
+    seconds: float = 4.0  # after these no round is begun
+
+
+def sample_in_turn(
+    calls: Mapping[Key, Call], effort: Effort | None = None
+) -> dict[Key, list[float]]:
+    """Time functions that do the same: A B C, B C A, C A B, ...
+
+    Every function is warmed up first. Each round begins with another one, so that none always
+    finds the caches as one and the same neighbour left them. Operands stay where the last call left
+    them: in cache if they fit.
+
+    Returns:
+        Seconds per call, a sample for every round; samples at one place of the lists are neighbours
+        in time.
+    """
+    effort = effort or Effort()
+    repeats = {}
+    for key, call in calls.items():
+        call()
+        repeats[key] = max(1, round(effort.sample / seconds(call, 1)))
+        seconds(call, min(2, repeats[key]))
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    order = list(calls)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + effort.seconds
+        for done in range(effort.rounds):
+            if done >= 3 and time.perf_counter() > end:
+                break
+            for key in order:
+                times[key].append(seconds(calls[key], repeats[key]))
+            order.append(order.pop(0))
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def seconds(call: Call, repeats: int) -> float:
+    """Wall time of one call, averaged over a few."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def spread(times: list[float]) -> float:
+    """Half the distance between the quartiles, relative to the median."""
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2 / middle
+
+
+def speedup(theirs: list[float], ours: list[float]) -> float:
+    """How many times as fast ours is: the median over neighbouring samples, which share what else
+    the machine was doing.
+    """
+    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
