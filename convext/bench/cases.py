@@ -31,7 +31,7 @@ from convext.bench.timing import Call
 
 STOCK = "torch"  # the name of PyTorch's call; every other is one of ours
 AUTO = "auto"
-WINOGRAD = "Winograd allowed"  # auto within convext.allow_winograd()
+WINOGRAD = "auto+winograd"  # auto as convext.allow_winograd() has it
 CONV_PASSES = ("forward", "grad_input", "grad_weight")
 NORM_PASSES = ("forward", "eval", "backward")
 
@@ -123,13 +123,17 @@ def conv2d_calls(
         for size in (problem.input_size, problem.weight_size, problem.output_size)
     )
     bias = _random((problem.O,), dtype) if biased else None
+    names = (AUTO, WINOGRAD, *convext.algorithms())
     ops, aten = torch.ops.convext, torch.ops.aten
     stride, padding, dilation, groups = settings = problem.settings
     if conv_pass == "forward":
         square = [axes[0] if axes[0] == axes[1] else axes for axes in settings[:3]]
         calls = {
             STOCK: lambda: F.conv2d(x, w, bias, *square, groups),
-            **_by_algorithm(lambda a: functional.conv2d(x, w, bias, *square, groups, algorithm=a)),
+            **{
+                name: partial(functional.conv2d, x, w, bias, *square, groups, algorithm=name)
+                for name in names
+            },
         }
     else:
         size = problem.input_size if conv_pass == "grad_input" else problem.weight_size
@@ -143,23 +147,9 @@ def conv2d_calls(
             STOCK: lambda: aten.convolution_backward.default(
                 g, x, w, None, stride, padding, dilation, False, [0, 0], groups, wanted
             ),
-            **_by_algorithm(ours),
+            **{name: partial(ours, name) for name in names},
         }
-    if _may_be_winograds(problem):
-        calls[WINOGRAD] = _allowing_winograd(calls[AUTO])
     return calls
-
-
-def _by_algorithm(call: Callable[[str], Tensor]) -> dict[str, Call]:
-    return {name: partial(call, name) for name in (AUTO, *convext.algorithms())}
-
-
-def _allowing_winograd(call: Call) -> Call:
-    def allowed() -> object:
-        with convext.allow_winograd():
-            return call()
-
-    return allowed
 
 
 # --------------------------------------------------------------------------------------------------

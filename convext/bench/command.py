@@ -49,8 +49,11 @@ def bench(args: Namespace) -> None:
     except KeyboardInterrupt:
         interrupted = True
     print()
-    print(report.goals(v for v in judge(rows) if v.cases))
+    if judged := [verdict for verdict in judge(rows) if verdict.cases]:
+        print(report.goals(judged))
     print(report.regret_goal(rows))
+    if noise := report.noise_text(rows):
+        print(noise)
     if run.left_out:
         print(report.left_out_text(run.left_out))
     if folder:

@@ -22,13 +22,14 @@ LEGEND = (
     "addition are two operations, those with padding are not counted, and the peak is whichever "
     "binds of the two measured: fused multiply-adds, or a copy of as many bytes as go in and out."
 )
+NOISY = 0.15  # a spread above which a figure is doubtful
 METHOD = (
     "All calls of a line are warmed up and then sampled in turn in one process, both layouts of "
-    "both sides in every round, each round beginning with another one; a short call is repeated "
-    "within its sample. A ratio is the median over rounds of the quotient of neighbours. Operands "
-    "stay where the call before left them. Convolutions and batch norms are called as functions "
-    "without gradients or as ops of one backward pass, the same for both; blocks and steps go "
-    "through autograd."
+    "both sides in every round, in an order that is another each round; a short call is repeated "
+    "within its sample, after one that is not timed and leaves its operands in the caches. A ratio "
+    "is the median over rounds of the quotients within a round. Convolutions and batch norms are "
+    "called as functions without gradients or as ops of one backward pass, the same for both; "
+    "blocks and steps go through autograd."
 )
 
 
@@ -94,7 +95,7 @@ def heading(row: Row) -> str:
 
 def label(name: str) -> str:
     """What our call of that name is in a title."""
-    return "ours" if name == AUTO else name
+    return {AUTO: "ours", WINOGRAD: "Winograd allowed"}.get(name, name)
 
 
 def our_names(rows: Iterable[Row]) -> list[str]:
@@ -154,7 +155,7 @@ def networks(rows: Sequence[Row]) -> str:
                 for r in members
                 for n in (name if name in r.ours else AUTO,)
             )
-            title = key[0] if name == AUTO else f"{key[0]}, {name}"
+            title = key[0] if name == AUTO else f"{key[0]}, {label(name)}"
             times = [f"{1e3 * stock:.3g}", f"{1e3 * ours:.3g}", f"{stock / ours:.2f}"]
             lines.append(_line([title, *key[1:], *times]))
     return "\n".join(lines) + "\n" if found else ""
@@ -278,8 +279,25 @@ def markdown(
     if lost := regrets(rows):
         parts += ["## Auto's choices\n", lost]
     if left_out:
-        parts.append(left_out_text(left_out))
+        parts.append(left_out_text(left_out) + "\n")
+    if noise := noise_text(rows):
+        parts.insert(3, noise + "\n")
     return "\n".join(parts)
+
+
+def noise_text(rows: Sequence[Row]) -> str:
+    """A warning where the machine was busy with something else; else empty."""
+    samples = [
+        [*row.torch.values(), *(times for ours in row.ours.values() for times in ours.values())]
+        for row in rows
+    ]
+    noisy = sum(max(map(spread, of_row)) > NOISY for of_row in samples)
+    if noisy <= len(rows) / 10:
+        return ""
+    return (
+        f"In {noisy} of {len(rows)} lines some times spread by more than {NOISY:.0%}: something "
+        "else kept this machine busy, and these lines are not to be trusted."
+    )
 
 
 def left_out_text(count: int) -> str:

@@ -12,7 +12,7 @@ import torch
 
 import convext
 from convext.bench import cases, models
-from convext.bench.cases import AUTO, STOCK, Case
+from convext.bench.cases import AUTO, STOCK, WINOGRAD, Case
 from convext.bench.epoch import measure_epoch
 from convext.bench.layers import NETWORKS
 from convext.bench.machine import Peaks, measure_peaks
@@ -154,7 +154,9 @@ class Run:
         for layout in self.selection.layouts:
             made = case.make(DTYPES[dtype], FORMATS[layout])
             for name in (STOCK, *self.names(case)):
-                obstacle = _obstacle(made[name]) if name in convext.algorithms() else None
+                # What the others can't do is a mistake, and not to be passed over.
+                may_decline = name in (WINOGRAD, *convext.algorithms())
+                obstacle = _obstacle(made[name]) if may_decline else None
                 if obstacle:
                     declined[name] = obstacle
                 else:

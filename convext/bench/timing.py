@@ -1,6 +1,7 @@
 """The one timer: what is compared runs in turn, in one process, and so meets the same machine."""
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -23,11 +24,12 @@ class Effort:
 def sample_in_turn(
     calls: Mapping[Key, Call], effort: Effort | None = None
 ) -> dict[Key, list[float]]:
-    """Time functions that do the same: A B C, B C A, C A B, ...
+    """Time functions that do the same: A B C, B A C, C A B, ...
 
-    Every function is warmed up first. Each round begins with another one, so that none always
-    finds the caches as one and the same neighbour left them. Operands stay where the last call left
-    them: in cache if they fit.
+    Every function is warmed up first. The order of each round is another one, the same on every
+    run, so that none always comes after one and the same neighbour; and what a neighbour left of
+    the caches is the affair of a call before each sample that is not timed, unless calls are too
+    long to be repeated.
 
     Returns:
         Seconds per call, a sample for every round; samples at one place of the lists are neighbours
@@ -40,7 +42,7 @@ def sample_in_turn(
         repeats[key] = max(1, round(effort.sample / seconds(call, 1)))
         seconds(call, min(2, repeats[key]))
     times: dict[Key, list[float]] = {key: [] for key in calls}
-    order = list(calls)
+    order, shuffle = list(calls), random.Random(0).shuffle
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -48,9 +50,11 @@ def sample_in_turn(
         for done in range(effort.rounds):
             if done >= 3 and time.perf_counter() > end:
                 break
+            shuffle(order)
             for key in order:
+                if repeats[key] > 1:
+                    calls[key]()
                 times[key].append(seconds(calls[key], repeats[key]))
-            order.append(order.pop(0))
     finally:
         if collecting:
             gc.enable()
