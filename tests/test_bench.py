@@ -267,6 +267,9 @@ def test_more_threads_are_held_to_the_figure_of_one():
     assert [v.verdict for v in judge([one, same], [goal])] == ["met", "met"]
     assert [v.verdict for v in judge([one, worse], [goal])] == ["met", "missed"]
     assert [v.verdict for v in judge([worse], [goal])] == ["met"]  # nothing to compare with
+    assert "| as 1 thread | 2 | 1 | NCHW 3.00 (1 thread: 4.00) | missed |" in report.goals(
+        judge([one, worse], [goal])
+    )
 
 
 def test_every_goal_has_cases_and_ours_of_its_name():
@@ -358,6 +361,20 @@ def test_the_machine_is_described():
 
 # --------------------------------------------------------------------------------------------------
 # The command
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for option in (
+        *("--groups", "--passes", "--layouts", "--dtypes", "--threads", "--algorithms", "--match"),
+        *("--batch", "--rounds", "--quick", "--regret", "--report"),
+    ):
+        assert f"  {option} " in out
+    for group in suite.GROUPS:
+        assert group in out
 
 
 TINY = ("bench", "--groups", "mnist", "--match", "64 to 10", "--batch", "1", "--rounds", "3")

@@ -74,12 +74,15 @@ def _show(run: Run, machine: dict[str, object], rows: list[Row]) -> None:
     names: dict[str, dict[str, None]] = {}
     for case in run.selection.cases():
         names.setdefault(case.group, {}).update(dict.fromkeys(run.names(case)))
-    shown = None
+    shown, told = None, set()
     table = None
     for row in run:
         if not rows:
-            print(report.machine_text(machine, run.peaks))
-            print(report.LEGEND)
+            print(f"{report.machine_text(machine)}\n\n{report.LEGEND}")
+        measured = row.dtype, row.threads
+        if measured in run.peaks and measured not in told:
+            told.add(measured)
+            print(f"\n{report.peaks_text(*measured, run.peaks[measured])}")
         if report.heading(row) != shown:
             shown = report.heading(row)
             table = report.Table(list(names.get(row.group, row.ours)), list(row.torch))

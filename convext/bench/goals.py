@@ -82,14 +82,16 @@ class Verdict:
     figures: dict[str, float]  # our layout -> geometric mean
     worst: dict[str, float]  # our layout -> the least of the cases
     needed: dict[str, float]  # our layout -> what the figure should be
+    held_to_one_thread: bool  # that is, to the figure of one, instead of the goal's own
 
     @property
     def met_in(self) -> list[str]:
         """Our layouts in which the goal is met."""
+        slack, each = (NOISE, 0.0) if self.held_to_one_thread else (0.0, self.goal.each)
         return [
             layout
             for layout, figure in self.figures.items()
-            if figure >= self.needed[layout] and self.worst[layout] >= self.goal.each
+            if figure >= self.needed[layout] * (1 - slack) and self.worst[layout] >= each
         ]
 
     @property
@@ -129,19 +131,15 @@ def _judge(goal: Goal, threads: int, rows: list[Row], single: Verdict | None) ->
             if goal.against in (BETTER, layout):
                 ratios.setdefault(layout, []).append(row.ratio(name, layout, goal.against))
     figures = {layout: geometric_mean(values) for layout, values in ratios.items()}
-    needed = {
-        layout: single.figures[layout] * (1 - NOISE)
-        if single and layout in single.figures
-        else goal.at_least
-        for layout in figures
-    }
+    held = single is not None and set(figures) <= set(single.figures)
     return Verdict(
         goal,
         threads,
         cases=max(map(len, ratios.values()), default=0),
         figures=figures,
         worst={layout: min(values) for layout, values in ratios.items()},
-        needed=needed,
+        needed=single.figures if held else dict.fromkeys(figures, goal.at_least),
+        held_to_one_thread=held,
     )
 
 

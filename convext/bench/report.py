@@ -170,13 +170,14 @@ def goals(verdicts: Iterable[Verdict]) -> str:
     for v in verdicts:
         against = "" if v.goal.against == BETTER else f" against {v.goal.against}"
         part = f", {v.goal.parts[0]}" if v.goal.groups == ("step",) else ""
-        figures = "; ".join(
-            f"{layout} {figure:.2f}"
-            + (f" (least {v.worst[layout]:.2f})" if v.goal.each else "")
-            + (f", needed {v.needed[layout]:.2f}" if v.threads > 1 else "")
-            for layout, figure in v.figures.items()
-        )
         least = f"{v.goal.at_least:g}" + (f", each {v.goal.each:g}" if v.goal.each else "")
+        more = dict.fromkeys(v.figures, "")
+        if v.held_to_one_thread:
+            least = "as 1 thread"
+            more = {layout: f" (1 thread: {v.needed[layout]:.2f})" for layout in v.figures}
+        elif v.goal.each:
+            more = {layout: f" (least {v.worst[layout]:.2f})" for layout in v.figures}
+        figures = "; ".join(f"{at} {figure:.2f}{more[at]}" for at, figure in v.figures.items())
         cells = [f"{v.goal.title}{part}{against}", v.goal.what, least, v.threads, v.cases]
         lines.append(_line([*cells, figures, v.verdict]))
     return "\n".join(lines) + "\n"
@@ -230,25 +231,26 @@ def regret_goal(rows: Sequence[Row]) -> str:
 # The whole report
 
 
-def machine_text(machine: dict[str, object], peaks: dict[tuple[str, int], Peaks]) -> str:
-    """The machine, the software and the measured peaks."""
+def machine_text(machine: dict[str, object]) -> str:
+    """The machine and the software."""
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
-    lines = [
-        f"{machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores usable"
-        + (f", {caches}" if caches else ""),
-        f"convext {machine['convext']} ({machine['isa']}, compiler {machine['compiler']}), "
+    return (
+        f"- {machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores usable"
+        + (f", {caches}" if caches else "")
+        + f"\n- convext {machine['convext']} ({machine['isa']}, compiler {machine['compiler']}), "
         f"torch {machine['torch']} (oneDNN {machine['onednn']}), Python {machine['python']}, "
-        f"{machine['system']}",
-    ]
-    for (dtype, threads), peak in peaks.items():
-        sizes = sorted(peak.copies)
-        fastest = max(peak.copies.values())
-        lines.append(
-            f"measured peaks, {dtype}, {_threads(threads)}: {peak.flops / 1e9:.0f} GFLOP/s; copies "
-            f"of {fastest / 1e9:.0f} GB/s in cache, {peak.copies[sizes[-1]] / 1e9:.0f} GB/s in "
-            "memory (read and written)"
-        )
-    return "\n".join(f"- {line}" for line in lines) + "\n"
+        f"{machine['system']}"
+    )
+
+
+def peaks_text(dtype: str, threads: int, peaks: Peaks) -> str:
+    """The two limits, as measured."""
+    fastest, largest = max(peaks.copies.values()), peaks.copies[max(peaks.copies)]
+    return (
+        f"- measured peaks, {dtype}, {_threads(threads)}: {peaks.flops / 1e9:.0f} GFLOP/s; copies "
+        f"of {fastest / 1e9:.0f} GB/s in cache, {largest / 1e9:.0f} GB/s in memory (read and "
+        "written)"
+    )
 
 
 def markdown(
@@ -262,7 +264,8 @@ def markdown(
     parts = [
         "# convext bench\n",
         f"`{command}`\n",
-        machine_text(machine, peaks),
+        "\n".join([machine_text(machine), *(peaks_text(*key, peak) for key, peak in peaks.items())])
+        + "\n",
         "## Goals\n",
         "Geometric means of how many times as fast as PyTorch's better layout (or the one that is "
         f"named) ours is in each layout, float32. More than one thread: no worse than one thread, "
