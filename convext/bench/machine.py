@@ -19,10 +19,10 @@ import torch
 
 from convext import _C
 from convext.algorithms import build_info
-from convext.bench.timing import seconds
+from convext.bench.timing import Call, seconds
 
 COPY_BYTES = tuple(2**power for power in range(15, 28))  # 32 KiB to 128 MiB, read and written
-_SAMPLES, _SAMPLE = 5, 4e-3  # of each peak; and the seconds of one
+_SAMPLES, _SAMPLE = 7, 8e-3  # of each peak; and about the seconds of one
 
 
 @dataclass(frozen=True)
@@ -50,32 +50,42 @@ def measure_peaks(dtype: torch.dtype, threads: int) -> Peaks:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        copies = {size: _copy_peak(size, threads) for size in COPY_BYTES}
-        return Peaks(_fma_peak(dtype == torch.float64, threads), copies)
+        return Peaks(_fma_peak(dtype == torch.float64, threads), _copy_peaks(threads))
     finally:
         torch.set_num_threads(before)
 
 
 def _fma_peak(double_precision: bool, threads: int) -> float:
-    def operations(steps: int) -> int:
-        return _C.fma_loop(double_precision, steps, threads)
-
-    steps = _repeats(lambda: operations(1000)) * 1000
-    best = min(seconds(lambda: operations(steps), 1) for _ in range(_SAMPLES))
-    return operations(1) * steps / best
+    steps = 1000 * _repeats(lambda: _C.fma_loop(double_precision, 1000, 1))
+    operations = _C.fma_loop(double_precision, steps, threads)
+    loop = lambda: _C.fma_loop(double_precision, steps, threads)  # noqa: E731
+    return operations / min(seconds(loop, 1) for _ in range(_SAMPLES))
 
 
-def _copy_peak(size: int, threads: int) -> float:
-    source, target = np.ones(size // 2, np.uint8), np.zeros(size // 2, np.uint8)
-    repeats = _repeats(lambda: _C.copy_loop(source, target, 1, threads))
-    best = min(
-        seconds(lambda: _C.copy_loop(source, target, repeats, threads), 1) for _ in range(_SAMPLES)
-    )
-    return size * repeats / best
+def _copy_peaks(threads: int) -> dict[int, float]:
+    half = max(COPY_BYTES) // 2
+    source, target = np.ones(half, np.uint8), np.zeros(half, np.uint8)
+
+    def copies(size: int, tasks: int, repeats: int = 1) -> Call:
+        return lambda: _C.copy_loop(source[: size // 2], target[: size // 2], repeats, tasks)
+
+    calls = {}
+    for size in COPY_BYTES:
+        repeats = _repeats(copies(size, 1))
+        calls[size, repeats] = copies(size, threads, repeats)
+    # Round by round, so that a moment in which the machine does something else spoils one sample of
+    # each size at most.
+    rounds = [{key: seconds(call, 1) for key, call in calls.items()} for _ in range(_SAMPLES)]
+    return {
+        size: size * repeats / min(times[size, repeats] for times in rounds)
+        for size, repeats in calls
+    }
 
 
-def _repeats(call) -> int:
-    """How often to repeat it so that a sample is long enough to be timed."""
+def _repeats(call: Call) -> int:
+    """How often one thread repeats it in the time of a sample. One, for what it costs to wake up
+    others must be small beside the sample, and not be taken for its work.
+    """
     seconds(call, 2)
     return max(1, round(_SAMPLE / seconds(call, 3)))
 
