@@ -12,7 +12,7 @@ which need samples taken in turn, there is `convext bench`.
 import pytest
 
 import convext
-from convext.bench.cases import AUTO, CONV_PASSES, STOCK, Case
+from convext.bench.cases import STOCK, WINOGRAD, Case
 from convext.bench.suite import FORMATS, GROUPS
 
 
@@ -20,8 +20,8 @@ def parameters():
     """Case, name of the call and layout."""
     for cases in GROUPS.values():
         for case in cases(None, True):
-            algorithms = convext.algorithms() if case.what in CONV_PASSES else ()
-            names = (STOCK, *case.ours, *(algorithms if AUTO in case.ours else ()))
+            algorithms = convext.algorithms() if case.chooses else ()
+            names = (STOCK, *case.ours, *algorithms)
             for name in names if case.quick else ():
                 for layout in FORMATS:
                     label = f"{title(case)}, {name}, {layout}"
@@ -39,7 +39,7 @@ def test_kernel(benchmark, dtype, case: Case, name: str, layout: str):
     try:
         call()
     except ValueError as error:
-        if name not in convext.algorithms():
+        if name not in (WINOGRAD, *convext.algorithms()):
             raise
         pytest.skip(str(error))
     benchmark.group = title(case)

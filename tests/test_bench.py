@@ -427,6 +427,13 @@ def test_report_has_what_it_promises(capsys, tmp_path):
     }
 
 
+def test_regret_leaves_alone_what_has_no_algorithms(capsys):
+    args = ["--groups", "overhead", "batchnorm", "step", "--match", "x 2 x 2", "--quick"]
+    assert main(["bench", *args, "--rounds", "3", "--regret"]) == 0
+    assert main(["bench", "--groups", "overhead", "--rounds", "3", "--regret"]) == 0
+    assert capsys.readouterr().out.count("Regret of auto: not measured") == 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_runs(capsys, dtype):
     assert main([*TINY, "--dtypes", dtype, "--layouts", "NCHW", "--passes", "forward"]) == 0
@@ -546,7 +553,7 @@ def test_an_algorithm_that_declines_is_left_out_of_the_timing():
 
     def case(**calls):
         made = {STOCK: list, AUTO: list, "direct": list, "im2col": list, **calls}
-        return Case("mnist", "", "a layer", "forward", make=lambda dtype, layout: made)
+        return Case("", "", "a layer", "forward", lambda dtype, layout: made, chooses=True)
 
     run = Run(Selection(algorithms=["all"], effort=Effort(rounds=3, sample=0.0)).checked())
     run.peaks["float32", 1] = Peaks(flops=1.0, copies={1: 1.0})

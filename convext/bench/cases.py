@@ -46,6 +46,7 @@ class Case:
     what: str  # the pass
     make: Callable[[torch.dtype, torch.memory_format], dict[str, Call]]
     ours: tuple[str, ...] = (AUTO,)  # names to time unless told otherwise
+    chooses: bool = False  # does auto choose an algorithm, and can each be named?
     batch: int | None = None  # images, where a table holds those of one number
     count: int = 1  # times that the network does this
     flops: int = 0  # a multiplication and an addition being two; 0 where nobody counts
@@ -89,6 +90,7 @@ def _conv2d_cases(group: str, layers: list[Layer], biased: bool) -> Iterator[Cas
                 what=conv_pass,
                 make=partial(conv2d_calls, problem, conv_pass, biased),
                 ours=ours,
+                chooses=True,
                 batch=problem.N,
                 count=layer.count,
                 flops=2 * problem.needed_multiplications,

@@ -144,8 +144,7 @@ class Run:
 
     def names(self, case: Case) -> tuple[str, ...]:
         """Of our calls for a case."""
-        algorithms = self.selection.algorithms if case.what in cases.CONV_PASSES else ()
-        return (*case.ours, *algorithms) if AUTO in case.ours else case.ours
+        return (*case.ours, *self.selection.algorithms) if case.chooses else case.ours
 
     def _row(self, case: Case, dtype: str, threads: int) -> Row:
         calls: dict[tuple[str, str], Call] = {}
@@ -161,7 +160,7 @@ class Run:
                     declined[name] = obstacle
                 else:
                     calls[name, layout] = made[name]
-            if case.what in cases.CONV_PASSES and AUTO in case.ours:
+            if case.chooses:
                 made[AUTO]()
                 by_pass = convext.last_algorithm()._asdict()
                 chosen[layout] = by_pass[case.what]
