@@ -32,8 +32,29 @@ SHAPES = [
     (40, 1, 23, 23),
     (1, 600, 3, 1),
     (2, 70, 3, 1, 5),
+    # Spans of pixels: too short by one, of 1 lane more than the sums have, of one chain and of one
+    # lane more, of a few more than the kernels take at a time; images on both sides of the 8 that a
+    # chain takes.
+    (3, 5, 31),
+    (17, 3, 3, 11),
+    (7, 2, 8, 8),
+    (2, 3, 512),
+    (1, 2, 19, 27),
+    (1, 2, 17, 241),
     (0, 3, 4, 4),
     (2, 3, 0, 4),
+]
+
+
+# Channels that a cache holds some of, only one of and not even one of, as spans and as columns.
+LARGE_SHAPES = [
+    (10, 40, 20, 20),
+    (8, 2, 112, 113),
+    (40, 2, 60, 61),
+    (640, 3, 14, 14),
+    (150, 600),
+    (2100, 70),
+    (300, 40, 5, 5),
 ]
 
 
@@ -106,7 +127,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE_SHAPES], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_each_dtype_within_its_tolerance(isa, shape, training, dtype):
     tolerance = TOLERANCE[dtype]
@@ -137,6 +158,7 @@ def test_float32_error_is_no_larger_than_torch(isa, mean, std, outlier, training
         ((3, 3, 40, 40), torch.contiguous_format),
         ((128, 64), torch.contiguous_format),
         ((33, 64, 2, 2), torch.contiguous_format),
+        ((4, 3, 33, 40), torch.contiguous_format),
     ]:
         x, grad_output, weight, bias, *_ = example(shape, torch.float32)
         x = ((x - 3) / 2 * std + mean).to(memory_format=memory_format)
@@ -185,7 +207,7 @@ def test_equals_plain_loops(isa, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) == 4], ids=str)
+@pytest.mark.parametrize("shape", [s for s in [*SHAPES, *LARGE_SHAPES] if len(s) == 4], ids=str)
 def test_bias_gradient_is_a_sum(isa, shape, dtype):
     for memory_format in formats(shape):
         grad_output = example(shape, dtype)[1].to(memory_format=memory_format)
@@ -217,6 +239,15 @@ def test_any_strides():
             torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11, msg=name)
 
 
+def test_views_at_any_address():
+    whole = example((3, 2, 6, 7))[0].float().flatten()
+    for start in range(20):
+        x = whole[start : start + 210].view(3, 2, 5, 7)
+        results = [f(x, None, None, training=True) for f in (batch_norm, F.batch_norm)]
+        torch.testing.assert_close(*results)
+        assert torch.equal(results[0], batch_norm(x.clone(), None, None, training=True))
+
+
 def test_running_statistics_may_be_absent_one_by_one():
     x, *_, mean, var = example((4, 3, 5))
     expected = F.batch_norm(x, None, None, training=True)
@@ -224,10 +255,11 @@ def test_running_statistics_may_be_absent_one_by_one():
         torch.testing.assert_close(batch_norm(x, *stats, training=True), expected)
 
 
-def test_not_a_number_and_infinity_stay_in_their_channel():
+@pytest.mark.parametrize("pixels", [5, 7], ids=["columns", "spans"])
+def test_not_a_number_and_infinity_stay_in_their_channel(isa, pixels):
     for value in (math.nan, math.inf):
-        x = torch.randn(4, 3, 5, 5)
-        x[1, 1, 2, 2] = value
+        x = torch.randn(4, 3, pixels, pixels)
+        x[1, 1, -1, -1] = value
         got, expected = (f(x, None, None, training=True) for f in (batch_norm, F.batch_norm))
         torch.testing.assert_close(got, expected, equal_nan=True)
 
@@ -288,7 +320,7 @@ def test_statistics_carry_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_for_any_number_of_threads_and_isa(dtype):
     threads, before = torch.get_num_threads(), convext._C.cpu_isa()
-    shapes = [(600, 8, 14, 14), (3, 8, 90, 91), (9000, 70), (300, 17, 5, 5)]
+    shapes = [(600, 8, 14, 14), (3, 8, 90, 91), (9000, 70), (300, 17, 5, 5), *LARGE_SHAPES]
     try:
         for shape in shapes:
             for memory_format in formats(shape):

@@ -1,15 +1,18 @@
-// One pass over a tensor (N, C, *) that treats every channel by itself: sums per channel, or a map
+// Passes over a tensor (N, C, *) that treat every channel by itself: sums per channel, or a map
 // with a channel's own coefficients. Batch norm, with or without a ReLU beside it, and the gradient
 // of a bias are made of these.
 //
-// The vector code works down the columns of a matrix (see ColumnSums in isa.h), so the tensor is
-// read as one whose columns each belong to one channel. Which one depends on the shape alone:
+// The vector code works on the rows of a matrix whose columns each belong to one channel. Which
+// matrix that is depends on the shape alone:
 //
-//   rows      a row is an image of an nchw tensor, C * pixels columns, or a pixel of an nhwc
-//   tensor, C
-//             columns; several such units side by side where one would not fill vectors
-//   images    for many pixels: each channel of each image by itself, as rows of kImageColumns
-//   pixels
+//   spans     a row is an image of an nchw tensor, and a channel's pixels in it are a span of
+//             columns that share their parameters (SpanSums, SpanMap in isa.h)
+//   columns   the same where the spans are short beside the vectors, or a row is a pixel of an
+//             nhwc tensor, C columns: parameters are laid out for each column (ColumnSums,
+//             ColumnMap); several such rows side by side where one would not fill vectors
+//
+// What batch norm takes two passes for is read from memory once where the cache holds a part of the
+// channels: the second pass over that part comes before the first over the next.
 #pragma once
 
 #include <cstdint>
@@ -18,34 +21,42 @@
 #include "common/types.h"
 #include "cpu/kernels/arena.h"
 #include "cpu/kernels/isa.h"
+#include "cpu/kernels/slots.h"
 
 namespace convext::cpu {
 
-// A matrix inside the tensor; offsets and distances in elements.
+// A part of the matrix that the vector code is called for; offset and distances in elements.
 struct Sheet {
-  int64_t offset, ld, rows, cols;
+  int64_t offset, ld, rows;
+  int64_t channel, spans, distance, length;  // the first channel; of columns, one span of them all
 };
 
 // How the tensor is cut. Items are independent: a range of channels in a part ("split") of the
 // batch.
 class ChannelGrid {
  public:
-  ChannelGrid(const BatchNormProblem&, Layout);
+  // `bytes` is what an element takes in all tensors that a block is to find in the cache.
+  ChannelGrid(const BatchNormProblem&, Layout, int64_t bytes, bool converts);
 
   int64_t ranges() const { return ranges_; }
   int64_t splits() const { return splits_; }
   int64_t items() const { return ranges_ * splits_; }
+  // Does a range by itself fit in the cache?
+  bool in_cache() const { return in_cache_; }
 
   int64_t first_channel(int64_t range) const { return range * range_channels_; }
   int64_t channels(int64_t range) const;
+  int64_t most_channels() const { return range_channels_; }
 
-  // Columns of a range: copies() times all of its channels, span() adjacent columns for each.
+  // Are there spans? Otherwise a range has copies() times all of its channels as columns, span()
+  // adjacent ones for each.
+  bool by_span() const { return by_span_; }
   int64_t copies() const { return copies_; }
   int64_t span() const { return span_; }
   int64_t most_columns() const { return copies_ * range_channels_ * span_; }
 
-  // Calls body(sheet) for every part of the item, in order. A sheet with fewer columns has the
-  // first.
+  // Calls body(sheet) for every part of the item, in order, about kSheetSize elements each. A sheet
+  // of columns with fewer of them has the first.
   template <class Body>
   void for_sheets(int64_t range, int64_t split, const Body& body) const;
 
@@ -53,15 +64,17 @@ class ChannelGrid {
   Sheet sample(int64_t range) const;
 
  private:
-  int64_t batch_, channels_, pixels_;
-  bool by_image_;
-  int64_t copies_, span_, range_channels_, ranges_;
-  int64_t unit_, rows_, rest_;  // unit: elements; rest: units after the last full row
-  int64_t splits_, split_rows_;
+  Sheet columns(int64_t offset, int64_t rows, int64_t cols) const;
+
+  int64_t channels_;
+  bool by_span_ = false, in_cache_ = false;
+  int64_t copies_ = 1, span_ = 1, range_channels_ = 1, ranges_ = 0;
+  int64_t ld_ = 0, rows_ = 0, rest_ = 0;  // rest: columns of one more row
+  int64_t splits_ = 1, split_rows_ = 1;
 };
 
-// The two passes: what ColumnSums and ColumnMap do, over whole tensors. Parameters are (C); the
-// ones that a kind does not use are null.
+// What ColumnSums and ColumnMap do, over whole tensors. Parameters are (C); the ones that a kind
+// does not use are null.
 template <class T>
 struct ChannelSums {
   ColumnSum kind;
@@ -86,31 +99,68 @@ struct ChannelMap {
 template <class T>
 class ChannelSweep {
  public:
-  ChannelSweep(const BatchNormProblem&, DType, Layout, const IsaKernels&, int64_t threads, Arena&);
+  // `tensors` is how many of the problem's a block reads again and again.
+  ChannelSweep(const BatchNormProblem&, DType, Layout, int64_t tensors, const IsaKernels&,
+               int64_t threads, Arena&);
 
-  // Of each channel's values in `x`, the mean of a few; 0 where that is not finite. Rounded to a
-  // few bits of their magnitude: digits finer than those of the values themselves would be lost in
-  // the same direction by every subtraction, and that adds up.
-  void sample_means(const void* x, T* mean);
-  void sums(const ChannelSums<T>&);
-  void map(const ChannelMap<T>&);
+  // Channels whose passes follow one another: a range that the cache holds, with one thread to
+  // itself, or all of them.
+  class Block {
+   public:
+    int64_t first_channel() const;
+    int64_t end_channel() const;
+
+    // Of each channel's values in `x`, the mean of a few; 0 where that is not finite. Rounded to a
+    // few bits of their magnitude: digits finer than those of the values themselves would be lost
+    // in the same direction by every subtraction, and that adds up.
+    void sample_means(const void* x, T* mean) const;
+    void sums(const ChannelSums<T>&) const;
+    void map(const ChannelMap<T>&) const;
+
+   private:
+    friend class ChannelSweep;
+    const ChannelSweep& sweep_;
+    int64_t range_;  // or -1 for all
+    int64_t slot_;
+    Block(const ChannelSweep& sweep, int64_t range, int64_t slot)
+        : sweep_(sweep), range_(range), slot_(slot) {}
+  };
+
+  // Calls body(block) for every block, on any threads.
+  template <class Body>
+  void for_blocks(const Body& body) const {
+    if (!grid_.in_cache()) return body(Block(*this, -1, 0));
+    run_slots(slots_, grid_.ranges(),
+              [&](int64_t slot, int64_t range) { body(Block(*this, range, slot)); });
+  }
 
  private:
   struct Scratch;
   Scratch scratch(Arena&) const;
   Scratch scratch_of(int64_t slot) const;
+  Sheet in_scratch(const Sheet&) const;
+  const T* read(const void* data, const Sheet&, T* scratch) const;
+  void write(const T* scratch, const Sheet&, void* data) const;
   void expand(const T* values, int64_t range, T* columns) const;
   void flush(T* sums, int64_t range, double* totals) const;
-  double* partials_of(int64_t range, int64_t split) const;
-  void add_partials(double* sum, double* dot) const;
-  const T* read(const void* data, const Sheet&, T* scratch) const;
 
+  void sample_range(const Scratch&, int64_t range, const void* x, T* mean) const;
+  // call.sum and call.dot are set in the range's channels.
+  void sum_item(const Scratch&, int64_t range, int64_t split, const ChannelSums<T>& call) const;
+  void sum_columns(const Scratch&, int64_t range, int64_t split, const ChannelSums<T>& call) const;
+  void map_item(const Scratch&, int64_t range, int64_t split, const ChannelMap<T>& call) const;
+  void map_columns(const Scratch&, int64_t range, int64_t split, const ChannelMap<T>& call) const;
+  void map_spans(const Scratch&, int64_t range, int64_t split, const ChannelMap<T>& call) const;
+  double* partial_sums(int64_t split) const;
+  void add_partials(double* sum, double* dot) const;
+
+  const bool converts_;  // from 16 bits
   const ChannelGrid grid_;
   const VectorKernels<T>& isa_;
   const DType dtype_;
   const int64_t channels_;
   int64_t slots_, part_size_ = 0;
-  double* partials_;  // [split][2][channel]
+  double* partials_;  // [split][2][channel], sums and dots
   char* parts_;       // [slot]
 };
 

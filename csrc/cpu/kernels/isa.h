@@ -138,6 +138,27 @@ struct ColumnSums {
 };
 constexpr int64_t kColumnPadding = 64;
 
+// The same sums over spans of columns that share their parameters. They are added up in double.
+// Within a row, column j of a span goes to lane j % kSpanLanes.
+template <class T>
+struct SpanSums {
+  ColumnSum kind;
+  const T* a;
+  const T* b;
+  int64_t ld, rows;                 // images, say
+  int64_t spans, distance, length;  // elements from span to span, and in one
+  const T *shift, *scale, *offset;  // these five [spans]
+  double* sum;
+  double* dot;
+};
+constexpr int64_t kSpanLanes = 32;
+
+// Rows of spans that are summed up in one chain.
+inline int64_t span_chain_rows(int64_t length) {
+  const int64_t vectors = ceil_div(length, kSpanLanes);
+  return vectors >= kSumChain ? 1 : kSumChain / (vectors > 0 ? vectors : 1);
+}
+
 // Maps with parameters for each column, among them n(x) = (x - shift) * scale + offset.
 //
 //   affine                 n(x)
@@ -216,6 +237,18 @@ struct DepthwiseTile {
   bool accumulate;
 };
 
+// The same maps of spans of columns that share their parameters, each at least kSpanLanes long.
+template <class T>
+struct SpanMap {
+  ColumnMapKind kind;
+  const T* x;
+  const T* grad;  // or null
+  int64_t ld, rows;
+  int64_t spans, distance, length;
+  const T *shift, *scale, *offset, *grad_scale, *gate_scale, *gate_offset;  // [spans]
+  T* out;
+};
+
 // Kernels for one accumulation type, float or double.
 template <class T>
 struct VectorKernels {
@@ -241,6 +274,8 @@ struct VectorKernels {
 
   void (*column_sums)(const ColumnSums<T>&);
   void (*column_map)(const ColumnMap<T>&);
+  void (*span_sums)(const SpanSums<T>&);
+  void (*span_map)(const SpanMap<T>&);
 
   // n elements at element `offset` of a tensor of any dtype that accumulates in T.
   void (*load)(DType dtype, const void* from, int64_t offset, T* to, int64_t n);

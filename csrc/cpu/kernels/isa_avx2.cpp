@@ -10,7 +10,7 @@
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/target.h"
 
-CONVEXT_TARGET_BEGIN("avx2,fma,f16c")
+CONVEXT_TARGET_BEGIN("avx2,fma,f16c,prfchw")
 namespace convext::cpu::avx2 {
 namespace {
 #include "cpu/kernels/simd_avx2.h"

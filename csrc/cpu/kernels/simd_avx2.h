@@ -70,6 +70,13 @@ CONVEXT_INLINE Vec<float> mul(Vec<float> a, Vec<float> b) {
 CONVEXT_INLINE Vec<double> mul(Vec<double> a, Vec<double> b) {
   return {_mm256_mul_pd(a.v, b.v)};
 }
+// The first n lanes, and zeros in the others.
+CONVEXT_INLINE Vec<float> first_lanes(Vec<float> a, int n) {
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(Vec<float>::first(n)))};
+}
+CONVEXT_INLINE Vec<double> first_lanes(Vec<double> a, int n) {
+  return {_mm256_and_pd(a.v, _mm256_castsi256_pd(Vec<double>::first(n)))};
+}
 // max(a, 0), and NaN where a is: the instruction returns its second operand then.
 CONVEXT_INLINE Vec<float> relu(Vec<float> a) {
   return {_mm256_max_ps(_mm256_setzero_ps(), a.v)};
@@ -124,6 +131,13 @@ CONVEXT_INLINE void transpose_square(Vec<float> (&x)[8]) {
 }
 
 #include "cpu/kernels/simd_x86.h"
+
+CONVEXT_INLINE float sum_lanes(Vec<float> a) {
+  return sum_lanes(a.v);
+}
+CONVEXT_INLINE double sum_lanes(Vec<double> a) {
+  return sum_lanes(a.v);
+}
 
 // Rows of the register tiles: accumulators, two weights and a broadcast fill the 16 registers.
 constexpr int kMostVectors = 2;

@@ -64,6 +64,13 @@ CONVEXT_INLINE Vec<float> mul(Vec<float> a, Vec<float> b) {
 CONVEXT_INLINE Vec<double> mul(Vec<double> a, Vec<double> b) {
   return {_mm512_mul_pd(a.v, b.v)};
 }
+// The first n lanes, and zeros in the others.
+CONVEXT_INLINE Vec<float> first_lanes(Vec<float> a, int n) {
+  return {_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), a.v)};
+}
+CONVEXT_INLINE Vec<double> first_lanes(Vec<double> a, int n) {
+  return {_mm512_maskz_mov_pd(__mmask8((1u << n) - 1), a.v)};
+}
 // max(a, 0), and NaN where a is. By a mask, for GCC 12 warns of its own max intrinsics.
 CONVEXT_INLINE Vec<float> relu(Vec<float> a) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLT_UQ), a.v)};
@@ -127,6 +134,17 @@ CONVEXT_INLINE void transpose_square(Vec<float> (&x)[16]) {
 
 // Conversions are bound by memory, where 256-bit vectors do as well.
 #include "cpu/kernels/simd_x86.h"
+
+// By masks, see relu.
+CONVEXT_INLINE double sum_lanes(Vec<double> a) {
+  return sum_lanes(
+      _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_maskz_extractf64x4_pd(0xf, a.v, 1)));
+}
+CONVEXT_INLINE float sum_lanes(Vec<float> a) {
+  const __m512d pairs = _mm512_castps_pd(a.v);
+  const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, pairs, 1));
+  return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256(a.v), high));
+}
 
 // Rows of the register tiles. A gather tile takes an address register for each of its rows, of
 // which there are fewer than vector registers.

@@ -11,7 +11,7 @@ struct Vec {
   static Vec zero() { return broadcast(T(0)); }
   static Vec broadcast(T x) { return {{x, x, x, x}}; }
   static Vec load(const T* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  // The first n elements, and zeros in the other lanes; reads no memory past them.
+  // The first n lanes, and zeros in the others; reads no memory past them.
   static Vec load_first(const T* p, int n) {
     Vec x = zero();
     for (int i = 0; i < n; ++i) x.v[i] = p[i];
@@ -49,6 +49,13 @@ inline Vec<T> mul(Vec<T> a, Vec<T> b) {
   return a;
 }
 
+// The first n lanes, and zeros in the others.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> a, int n) {
+  for (int i = n; i < Vec<T>::lanes; ++i) a.v[i] = T(0);
+  return a;
+}
+
 // max(a, 0), and NaN where a is.
 template <class T>
 inline Vec<T> relu(Vec<T> a) {
@@ -61,6 +68,12 @@ template <class T>
 inline Vec<T> keep_positive(Vec<T> a, Vec<T> gate) {
   for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] = gate.v[i] <= 0 ? T(0) : a.v[i];
   return a;
+}
+
+// The sum of all lanes, the two halves being added to each other again and again.
+template <class T>
+inline T sum_lanes(Vec<T> a) {
+  return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
 }
 
 // The even and the odd elements of the two vectors, one after the other.

@@ -2,6 +2,17 @@
 // Included by simd_avx2.h and simd_avx512.h, inside their namespace.
 #pragma once
 
+// The sum of all lanes, the two halves being added to each other again and again.
+CONVEXT_INLINE float sum_lanes(__m256 x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+CONVEXT_INLINE double sum_lanes(__m256d x) {
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
 // Converts as many leading elements as vectors cover and returns how many; the rest is the
 // caller's.
 inline int64_t load_vectors(DType dtype, const uint16_t* from, float* to, int64_t n) {

@@ -3,6 +3,14 @@
 // no function compiled for one ISA can be linked into another.
 #pragma once
 
+// Asks for a cache line. No address is a wrong one.
+CONVEXT_INLINE void prefetch(const void* line) {
+  __builtin_prefetch(line, 0);
+}
+CONVEXT_INLINE void prefetch_to_write(const void* line) {
+  __builtin_prefetch(line, 1);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // Gathered matrix product (see GatherTile)
 
@@ -274,6 +282,7 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 #include "cpu/kernels/multiply_tile.h"
 #include "cpu/kernels/winograd_tiles.h"
 #include "cpu/kernels/peak_tile.h"
+#include "cpu/kernels/span_tiles.h"
 
 // constexpr, for a table is read on CPUs that cannot run the code it points to.
 template <class T>
@@ -291,6 +300,8 @@ constexpr VectorKernels<T> vector_kernels() {
           winograd<T>,
           column_sums<T>,
           column_map<T>,
+          span_sums<T>,
+          span_map<T>,
           load,
           store,
           depthwise_pixels<T>,
