@@ -4,6 +4,11 @@
 #include <cmath>
 
 namespace convext::cpu {
+namespace {
+
+constexpr int64_t kSampleRows = 16;
+
+}  // namespace
 
 template <class T>
 BlockEpilogue<T>::BlockEpilogue(const Conv2dCall& call, int64_t channels, int64_t ld,
@@ -61,35 +66,42 @@ void BlockEpilogue<T>::apply(int64_t group, int64_t block, T* rows, int64_t coun
   add_moments(mean, mean + groups_ * channels_, rows, count, scratch);
 }
 
-// Sums about a shift that is the block's own mean, but for its rounding, lose nothing. The rows are
-// in cache, so that a pass for the mean costs little.
+// Sums about a shift that is near the block's mean lose nothing. The mean of a few rows is near
+// enough; if they mislead, the mean that came out is for a second pass.
 template <class T>
 void BlockEpilogue<T>::add_moments(double* mean, double* deviation, const T* rows, int64_t count,
                                    const Scratch& s) const {
-  const auto sums = [&](ColumnSum kind) {
+  const auto sums = [&](ColumnSum kind, int64_t end) {
     std::fill_n(s.total, channels_, 0.0);
     std::fill_n(s.total_dot, channels_, 0.0);
-    for (int64_t row = 0; row < count; row += kFlushRows) {
+    for (int64_t row = 0; row < end; row += kFlushRows) {
       std::fill_n(s.sum, ld_, T(0));
       std::fill_n(s.dot, ld_, T(0));
-      isa_.column_sums({kind, rows + row * ld_, nullptr, ld_, std::min(kFlushRows, count - row),
-                        ld_, s.shift, nullptr, nullptr, s.sum, s.dot});
+      isa_.column_sums({kind, rows + row * ld_, nullptr, ld_, std::min(kFlushRows, end - row), ld_,
+                        s.shift, nullptr, nullptr, s.sum, s.dot});
       for (int64_t c = 0; c < channels_; ++c) s.total[c] += s.sum[c];
       for (int64_t c = 0; c < channels_; ++c) s.total_dot[c] += s.dot[c];
     }
   };
-  sums(ColumnSum::total);
+  const int64_t few = std::min(kSampleRows, count);
+  sums(ColumnSum::total, few);
+  for (int64_t c = 0; c < channels_; ++c) mean[c] = s.total[c] / double(few);
   std::fill_n(s.shift, ld_, T(0));
-  for (int64_t c = 0; c < channels_; ++c) {
-    const T shift = T(s.total[c] / double(count));
-    if (std::isfinite(shift)) s.shift[c] = shift;
-  }
-  sums(ColumnSum::moments);
-  for (int64_t c = 0; c < channels_; ++c) {
-    const double error = s.total[c] / double(count);
-    mean[c] = double(s.shift[c]) + error;
-    const double square = s.total_dot[c] - error * s.total[c];
-    deviation[c] = square < 0 ? 0 : square;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      const T shift = T(mean[c]);
+      s.shift[c] = std::isfinite(shift) ? shift : T(0);
+    }
+    sums(ColumnSum::moments, count);
+    bool misled = false;
+    for (int64_t c = 0; c < channels_; ++c) {
+      const double error = s.total[c] / double(count);
+      mean[c] = double(s.shift[c]) + error;
+      const double square = s.total_dot[c] - error * s.total[c];
+      deviation[c] = square < 0 ? 0 : square;
+      if (error * s.total[c] > deviation[c]) misled = true;
+    }
+    if (!misled) break;
   }
 }
 
