@@ -17,6 +17,8 @@ from convext.choice import permitted
 _ops = torch.ops.convext
 # The overloads themselves: there is no other to look for.
 _conv2d = _ops.conv2d.default
+_batch_norm_train = _ops.batch_norm_train.default
+_batch_norm_eval = _ops.batch_norm_eval.default
 _conv_block_train = _ops.conv_block_train.default
 _conv_block_eval = _ops.conv_block_eval.default
 
@@ -190,11 +192,13 @@ def batch_norm(
     if input.dim() == 1 and input.numel() == 0:
         return input.clone()  # PyTorch takes whatever is empty
     _refuse_gradients(running_mean, running_var)
-    ops = transforms if transforms.active() else _ops
     _check_running_statistics(running_mean, running_var, training, input.shape[1:2])
+    transformed = transforms.active()
     if not training:
-        return ops.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
-    output, mean, var = ops.batch_norm_train(input, weight, bias, eps)
+        op = transforms.batch_norm_eval if transformed else _batch_norm_eval
+        return op(input, running_mean, running_var, weight, bias, eps)
+    op = transforms.batch_norm_train if transformed else _batch_norm_train
+    output, mean, var = op(input, weight, bias, eps)
     _update_running_statistics(running_mean, running_var, mean, var, output, momentum)
     return output
 

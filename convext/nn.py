@@ -130,24 +130,21 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _statistics(self) -> tuple[Tensor | None, Tensor | None, bool, float]:
         """Count a batch; return (running_mean, running_var, training, momentum) for it."""
-        keeps = self.track_running_stats or not self.training
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        return (
-            self.running_mean if keeps else None,
-            self.running_var if keeps else None,
-            training,
-            self._count_batch(),
-        )
+        running_mean, running_var, training = self.running_mean, self.running_var, self.training
+        if training and not self.track_running_stats:
+            running_mean = running_var = None
+        training = training or (running_mean is None and running_var is None)
+        return running_mean, running_var, training, self._count_batch()
 
     def _count_batch(self) -> float:
         """Count a training batch; return its weight in the running statistics."""
-        counts = self.training and self.track_running_stats and self.num_batches_tracked is not None
-        if counts:
-            self.num_batches_tracked.add_(1)
+        batches = self.num_batches_tracked if self.training and self.track_running_stats else None
+        if batches is not None:
+            batches.add_(1)
         if self.momentum is not None:
             return self.momentum
         # momentum=None asks for the plain average over all batches so far.
-        return 1.0 / float(self.num_batches_tracked) if counts else 0.0
+        return 1.0 / float(batches) if batches is not None else 0.0
 
 
 class LazyConv2d(nn.LazyConv2d, Conv2d):

@@ -25,6 +25,10 @@ TORCH_LIBRARY(convext, m) {
   def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
       "Tensor? weight, float eps, bool training) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // running = (1 - momentum) * running + momentum * batch, in place, where there is one. The
+  // variances' momentum also undoes the bias of the batch's.
+  def("update_running_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, "
+      "Tensor var, Scalar momentum, Scalar var_momentum) -> ()");
 
   // Convolution, ReLU and batch norm as one, order being "conv-relu-norm" or "conv-norm-relu".
   // activation, the norm's input, is what the backward pass needs; eval gives an empty one where

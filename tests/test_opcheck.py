@@ -59,6 +59,11 @@ def batch_norm_calls(size, layout, affine=True, wide=False, **kind):
     ]
     if x.numel() != size[1]:  # refused: one value per channel
         calls.append((ops.batch_norm_train, (x, w, b, 1e-5)))
+    running = (mean.clone(), var.clone())
+    calls += [
+        (ops.update_running_statistics, (*kept, mean, var, 0.1, 0.2))
+        for kept in (running, (running[0], None), (None, running[1]))
+    ]
     return calls
 
 

@@ -27,6 +27,7 @@ from convext.transforms.common import (
 )
 
 _ops = torch.ops.convext
+_update = _ops.update_running_statistics.default
 
 
 @in_graph
@@ -62,11 +63,8 @@ def update_in_place(
 
     The batch's variance comes biased, as the ops give it, and goes in unbiased.
     """
-    if running_mean is not None:
-        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    if running_var is not None:
-        unbiased = momentum * count / (count - 1)
-        running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
+    unbiased = momentum * count / (count - 1)
+    _update(running_mean, running_var, mean, var, momentum, unbiased)
 
 
 @in_graph

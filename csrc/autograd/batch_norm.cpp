@@ -192,7 +192,22 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_autograd(
   return {results[0], results[1], results[2]};
 }
 
+// One call from Python for four, which would cost more than a small batch norm.
+void update_running_statistics(const optional<Tensor>& running_mean,
+                               const optional<Tensor>& running_var, const Tensor& mean,
+                               const Tensor& var, const at::Scalar& momentum,
+                               const at::Scalar& var_momentum) {
+  const at::Scalar kept = 1 - momentum.toDouble();
+  if (running_mean) running_mean->mul_(kept).add_(mean, momentum);
+  if (running_var) running_var->mul_(kept).add_(var, var_momentum);
+}
+
 }  // namespace
+
+// Of torch's own operations, which know all that there is to know about autograd and tracing.
+TORCH_LIBRARY_IMPL(convext, CompositeImplicitAutograd, m) {
+  m.impl("update_running_statistics", &update_running_statistics);
+}
 
 TORCH_LIBRARY_IMPL(convext, Autograd, m) {
   m.impl("batch_norm_train", &batch_norm_train_autograd);
