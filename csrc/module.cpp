@@ -10,8 +10,10 @@
 #include "cpu/autotune.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/conv2d_choice.h"
+#include "cpu/kernels/conv_block.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/peak.h"
+#include "cpu/run_kernel.h"
 #include "last_algorithm.h"
 
 namespace py = pybind11;
@@ -44,6 +46,19 @@ void set_cpu_isa(const std::string& name) {
   if (cpu::set_isa(name.c_str())) return;
   throw py::value_error("no CPU ISA \"" + name + "\" that this machine runs; expected one of: " +
                         joined(names_of_isas(true)));
+}
+
+// What is kept from call to call beside each thread's workspace: numbers of entries, and bytes.
+py::dict cpu_memory() {
+  py::dict memory;
+  const auto add = [&](const char* name, const cpu::StoreSize& size) {
+    memory[name] = py::make_tuple(size.values, size.bytes);
+  };
+  add("conv2d plans", cpu::plans<cpu::Conv2dCall>().size());
+  add("batch norm plans", cpu::plans<cpu::BatchNormCall>().size());
+  add("block plans", cpu::plans<cpu::ConvBlockCall>().size());
+  add("packed weights", cpu::packed_weights_size());
+  return memory;
 }
 
 py::dict build_info() {
@@ -112,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", [] { return names_of_isas(true); });
   m.def("cpu_isa", [] { return cpu::kernels().name; });
   m.def("set_cpu_isa", &set_cpu_isa);
+  m.def("cpu_memory", &cpu_memory);
   m.def("last_algorithms", [] { return of_each_pass(&last_algorithm); });
   m.def("last_reasons", [] { return of_each_pass(&last_reason); });
   m.def("auto_rows", &auto_rows);

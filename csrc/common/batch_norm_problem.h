@@ -15,6 +15,8 @@ struct BatchNormProblem {
   // Values that a channel's statistics are made of.
   int64_t count() const { return batch * pixels; }
   int64_t elements() const { return count() * channels; }
+
+  bool operator==(const BatchNormProblem&) const = default;
 };
 
 }  // namespace convext

@@ -53,6 +53,8 @@ struct Conv2dProblem {
         return {filters, taps, pixels};
     }
   }
+
+  bool operator==(const Conv2dProblem&) const = default;
 };
 
 }  // namespace convext

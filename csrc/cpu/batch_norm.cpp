@@ -14,10 +14,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-void run(const char* op, const BatchNormCall& call, void (*kernel)(const BatchNormCall&, Arena&)) {
-  run_with_workspace(op, [&](Arena& arena) { kernel(call, arena); });
-}
-
 }  // namespace
 
 BatchNormCall describe_batch_norm(const BatchNormProblem& problem, const Tensor& like,
@@ -60,7 +56,7 @@ BatchNormGradients batch_norm_gradients(const char* op, const BatchNormProblem& 
   call.grad_weight = grad.weight.mutable_data_ptr();
   call.grad_bias = grad.bias.mutable_data_ptr();
   call.grad_input_sum = grad.input_sum.defined() ? grad.input_sum.mutable_data_ptr() : nullptr;
-  run(op, call, cpu::batch_norm_backward);
+  run_kernel(op, call, cpu::batch_norm_backward);
   return grad;
 }
 
@@ -85,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input,
   call.var = var.mutable_data_ptr();
   call.eps = eps;
   call.output = output.mutable_data_ptr();
-  run("batch_norm_train", call, cpu::batch_norm_train);
+  run_kernel("batch_norm_train", call, cpu::batch_norm_train);
   return {output, mean, var};
 }
 
@@ -106,7 +102,7 @@ Tensor batch_norm_eval(const Tensor& input, const Tensor& mean, const Tensor& va
   call.var = const_cast<void*>(v.const_data_ptr());
   call.eps = eps;
   call.output = output.mutable_data_ptr();
-  run("batch_norm_eval", call, cpu::batch_norm_eval);
+  run_kernel("batch_norm_eval", call, cpu::batch_norm_eval);
   return output;
 }
 
@@ -134,7 +130,7 @@ Tensor conv2d_backward_bias(const Tensor& grad_output) {
       grad_output, format);
   call.grad_output = g.const_data_ptr();
   call.grad_bias = grad_bias.mutable_data_ptr();
-  run("conv2d_backward_bias", call, channel_sum);
+  run_kernel("conv2d_backward_bias", call, channel_sum);
   return grad_bias.to(grad_output.scalar_type());
 }
 

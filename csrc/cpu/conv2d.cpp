@@ -64,11 +64,11 @@ Tensor compute(const char* op, Conv2dCall call, at::IntArrayRef size, const Tens
                at::MemoryFormat format, std::string_view name) {
   describe_conv2d(call, like, format);
   const Conv2dAlgorithm& algorithm = pick_conv2d_algorithm(op, call, name);
-  const Tensor result = at::empty(size, like.options().memory_format(format));
+  const Tensor result = empty_output(size, like, format);
   // Sizes that no memory backs may be huge, and their products wrap around.
   if (result.numel() == 0) return result;
   call.output = result.mutable_data_ptr();
-  run_with_workspace(op, [&](Arena& arena) { algorithm.run(call, arena); });
+  run_kernel(op, call, algorithm.run);
   return result;
 }
 

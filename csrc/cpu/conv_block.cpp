@@ -27,8 +27,8 @@ struct Operands {
         norm_bias(channel_values(norm_bias, sum_type(input))) {}
 
   Tensor empty_output(const Conv2dProblem& p) const {
-    return at::empty({p.batch, p.out_channels, p.out_height(), p.out_width()},
-                     input.options().memory_format(format));
+    return cpu::empty_output({p.batch, p.out_channels, p.out_height(), p.out_width()}, input,
+                             format);
   }
 
   ConvBlockCall describe(const char* op, const ConvBlockProblem& problem, double eps,
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train(
   call.norm.mean = mean.mutable_data_ptr();
   call.norm.var = var.mutable_data_ptr();
   call.norm.output = output.mutable_data_ptr();
-  run_with_workspace("conv_block_train", [&](Arena& arena) { conv_block_train(call, arena); });
+  run_kernel("conv_block_train", call, cpu::conv_block_train);
   return {output, activation, mean, var};
 }
 
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> conv_block_eval(const Tensor& input, const Tensor& we
   call.norm.mean = const_cast<void*>(m.const_data_ptr());
   call.norm.var = const_cast<void*>(v.const_data_ptr());
   call.norm.output = output.mutable_data_ptr();
-  run_with_workspace("conv_block_eval", [&](Arena& arena) { conv_block_eval(call, arena); });
+  run_kernel("conv_block_eval", call, cpu::conv_block_eval);
   return {output, activation};
 }
 

@@ -1,27 +1,19 @@
-// What the glue of every op on the CPU shares: workspace for a kernel, values for each channel, and
-// the keys it answers to.
+// What the glue of every op on the CPU shares: results, values for each channel, and the keys it
+// answers to.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
-#include <c10/core/CPUAllocator.h>
-#include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include "cpu/kernels/arena.h"
+#include "cpu/run_kernel.h"
 
 namespace convext::cpu {
 
-// Calls kernel(arena) on a counting arena, allocates what it asked for, and calls it again.
-template <class Kernel>
-void run_with_workspace(const char* op, const Kernel& kernel) {
-  Arena counter(nullptr);
-  kernel(counter);
-  TORCH_CHECK(!counter.overflowed(), op,
-              "(): needs a workspace larger than the address space for this problem");
-  const at::DataPtr workspace =
-      c10::GetCPUAllocator()->allocate(counter.used() + Arena::kAlignment);
-  Arena arena(Arena::aligned(workspace.get()));
-  kernel(arena);
+// at::empty without the way through the dispatcher, which may cost as much as a small convolution.
+inline at::Tensor empty_output(at::IntArrayRef size, const at::Tensor& like,
+                               at::MemoryFormat format) {
+  return at::detail::empty_cpu(size, like.scalar_type(), /*pin_memory=*/false, format);
 }
 
 // The dtype in which kernels add up, and take and give what there is one of for each channel.

@@ -7,6 +7,7 @@
 #include "common/batch_norm_problem.h"
 #include "common/types.h"
 #include "cpu/kernels/arena.h"
+#include "cpu/kernels/call_key.h"
 #include "cpu/kernels/isa.h"
 
 namespace convext::cpu {
@@ -35,6 +36,25 @@ struct BatchNormCall {
   void* grad_input_sum;  // (C): backward's sums of grad_input in each channel, or null
   const IsaKernels* isa;
   int64_t threads;  // shares the work out; never changes a bit of the result
+
+  BatchNormCall description() const {
+    BatchNormCall call = *this;
+    call.input = presence(input);
+    call.grad_output = presence(grad_output);
+    call.weight = presence(weight);
+    call.bias = presence(bias);
+    call.mean = presence(mean);
+    call.var = presence(var);
+    call.output = presence(output);
+    call.grad_weight = presence(grad_weight);
+    call.grad_bias = presence(grad_bias);
+    call.grad_input_sum = presence(grad_input_sum);
+    return call;
+  }
+  bool operator==(const BatchNormCall&) const = default;
+  uint64_t hash() const {
+    return hash_of(problem.batch, problem.channels, problem.pixels, dtype, layout, training, relu);
+  }
 };
 
 // On a counting arena each only lays out its workspace; otherwise it also computes. An output may

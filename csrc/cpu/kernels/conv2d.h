@@ -7,6 +7,7 @@
 #include "common/conv2d_problem.h"
 #include "common/types.h"
 #include "cpu/kernels/arena.h"
+#include "cpu/kernels/call_key.h"
 #include "cpu/kernels/isa.h"
 
 namespace convext::cpu {
@@ -35,14 +36,38 @@ struct Conv2dCall {
   const IsaKernels* isa;
   int64_t threads;                 // shares the work out; never changes a bit of the result
   const Conv2dEpilogue* epilogue;  // forward; null for none
+
+  // All but where the operands are; see call_key.h.
+  Conv2dCall description() const {
+    Conv2dCall call = *this;
+    call.input = presence(input);
+    call.weight = presence(weight);
+    call.bias = presence(bias);
+    call.grad_output = presence(grad_output);
+    call.output = presence(output);
+    return call;
+  }
+  bool operator==(const Conv2dCall&) const = default;
+  uint64_t hash() const {
+    const Conv2dProblem& p = problem;
+    return hash_of(p.batch, p.in_channels, p.in_height, p.in_width, p.out_channels, p.kernel_height,
+                   p.kernel_width, p.stride_height, p.groups, pass, dtype, layout);
+  }
+
+  Weights weights() const {
+    const Conv2dProblem& p = problem;
+    return {weight, p.out_channels * p.group_in_channels() * p.kernel_taps() * size_of(dtype)};
+  }
+  void set_weights(const void* same) { weight = same; }
 };
 
 struct Conv2dAlgorithm {
   const char* name;
   // Null when it can do the call, else the reason it cannot.
   const char* (*declines)(const Conv2dCall&);
-  // On a counting arena it only lays out its workspace; otherwise it also computes, and in the
-  // forward pass does what the call's epilogue asks for (see BlockEpilogue).
+  // On a counting arena it only lays out its memory, by the call's description alone; otherwise it
+  // also computes, and in the forward pass does what the call's epilogue asks for (see
+  // BlockEpilogue).
   void (*run)(const Conv2dCall&, Arena&);
 };
 

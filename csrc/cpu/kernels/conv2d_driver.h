@@ -40,24 +40,33 @@ inline FilterBank filter_bank(const Conv2dCall& call) {
 template <class T>
 Gather<T> forward_gather(const Conv2dCall& call, Taps taps, Cut cut, Slab slab, Arena& arena) {
   const Conv2dProblem& p = call.problem;
-  return Gather<T>(input_tensor(call), p.group_in_channels(),
-                   GatherAxis::forward(p.in_height, p.out_height(), p.kernel_height,
-                                       p.stride_height, p.padding_height, p.dilation_height, taps),
-                   GatherAxis::forward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
-                                       p.padding_width, p.dilation_width, taps),
-                   cut, slab, arena);
+  Gather<T> gather = arena.kept([&] {
+    return Gather<T>(
+        input_tensor(call), p.group_in_channels(),
+        GatherAxis::forward(p.in_height, p.out_height(), p.kernel_height, p.stride_height,
+                            p.padding_height, p.dilation_height, taps),
+        GatherAxis::forward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
+                            p.padding_width, p.dilation_width, taps),
+        cut, slab, arena);
+  });
+  gather.read_from(call.input);
+  return gather;
 }
 
 // Gathers output pixels for input pixels.
 template <class T>
 Gather<T> backward_gather(const Conv2dCall& call, Slab slab, Arena& arena) {
   const Conv2dProblem& p = call.problem;
-  return Gather<T>(grad_output_tensor(call), p.group_out_channels(),
-                   GatherAxis::backward(p.in_height, p.out_height(), p.kernel_height,
-                                        p.stride_height, p.padding_height, p.dilation_height),
-                   GatherAxis::backward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
-                                        p.padding_width, p.dilation_width),
-                   Cut::rows, slab, arena);
+  Gather<T> gather = arena.kept([&] {
+    return Gather<T>(grad_output_tensor(call), p.group_out_channels(),
+                     GatherAxis::backward(p.in_height, p.out_height(), p.kernel_height,
+                                          p.stride_height, p.padding_height, p.dilation_height),
+                     GatherAxis::backward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
+                                          p.padding_width, p.dilation_width),
+                     Cut::rows, slab, arena);
+  });
+  gather.read_from(call.grad_output);
+  return gather;
 }
 
 // Slots are equal shares of a list of items, at most one per thread and none too small to be worth
@@ -161,11 +170,13 @@ class FilterPanels {
         ld_(round_up(by_filter ? bank_.filters : bank_.channels, isa.lanes)),
         vectors_(ld_ / isa.lanes, most_vectors) {
     const int64_t groups = call.problem.groups;
-    panels_ = arena.take<T>(groups * rows_ * ld_);
+    panels_ = arena.pack<T>(groups * rows_ * ld_);
+    must_load_ = arena.must_pack();
     converted_ = arena.take<T>(scratch_size<T>(call.dtype, groups * bank_.size()));
   }
 
   void load(int64_t threads) {
+    if (!must_load_) return;
     const int64_t groups = call_.problem.groups;
     const T* filters = static_cast<const T*>(call_.weight);
     if (size_of(call_.dtype) != int64_t(sizeof(T))) {
@@ -199,6 +210,7 @@ class FilterPanels {
   int64_t rows_, ld_;
   Tiles vectors_;  // cut into panels
   T *panels_, *converted_;
+  bool must_load_;
 };
 
 // The pass whose results are pixels: forward, or backward_input as a gather from grad_output.

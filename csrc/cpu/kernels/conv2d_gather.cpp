@@ -158,26 +158,30 @@ Block Gather<T>::block(int64_t index) const {
 
 template <class T>
 void Gather<T>::list_taps(Arena& arena) {
-  tap_start_ = arena.take<int64_t>(classes() + 1);
-  taps_ = arena.take<int64_t>(tap_total());
-  tap_weights_ = arena.take<int64_t>(tap_total());
-  if (arena.counting()) return;
+  tap_start_ = arena.keep<int64_t>(classes() + 1);
+  taps_ = arena.keep<int64_t>(tap_total());
+  tap_weights_ = arena.keep<int64_t>(tap_total());
+  if (!arena.must_fill_kept()) return;
   int64_t count = 0;
   for (int64_t residue = 0; residue < classes(); ++residue) {
-    tap_start_[residue] = count;
+    const int64_t start = tap_start_[residue] = count;
     const int64_t residue_y = residue / x_.classes, residue_x = residue % x_.classes;
-    for (int64_t c = 0; c < channels_; ++c) {
-      for (int64_t ky = 0; ky < y_.kernel; ++ky) {
-        const int64_t tap_y = y_.tap(ky, residue_y);
-        if (tap_y < 0) continue;
-        for (int64_t kx = 0; kx < x_.kernel; ++kx) {
-          const int64_t tap_x = x_.tap(kx, residue_x);
-          if (tap_x < 0) continue;
-          taps_[count] = c * stride_c_ + row_.offset(tap_y) + column_.offset(tap_x);
-          tap_weights_[count] = (c * y_.kernel + ky) * x_.kernel + kx;
-          ++count;
-        }
+    for (int64_t ky = 0; ky < y_.kernel && channels_ > 0; ++ky) {
+      const int64_t tap_y = y_.tap(ky, residue_y);
+      if (tap_y < 0) continue;
+      for (int64_t kx = 0; kx < x_.kernel; ++kx) {
+        const int64_t tap_x = x_.tap(kx, residue_x);
+        if (tap_x < 0) continue;
+        taps_[count] = row_.offset(tap_y) + column_.offset(tap_x);
+        tap_weights_[count] = ky * x_.kernel + kx;
+        ++count;
       }
+    }
+    // Every further channel meets the same.
+    const int64_t plane = count - start;
+    for (; count < start + channels_ * plane; ++count) {
+      taps_[count] = taps_[count - plane] + stride_c_;
+      tap_weights_[count] = tap_weights_[count - plane] + y_.kernel * x_.kernel;
     }
   }
   tap_start_[classes()] = count;
@@ -185,10 +189,10 @@ void Gather<T>::list_taps(Arena& arena) {
 
 template <class T>
 void Gather<T>::list_pixels(Arena& arena) {
-  pixel_start_ = arena.take<int64_t>(classes());
-  pixel_sources_ = arena.take<int64_t>(most_pixels());
-  pixel_targets_ = arena.take<int64_t>(most_pixels());
-  if (arena.counting()) return;
+  pixel_start_ = arena.keep<int64_t>(classes());
+  pixel_sources_ = arena.keep<int64_t>(most_pixels());
+  pixel_targets_ = arena.keep<int64_t>(most_pixels());
+  if (!arena.must_fill_kept()) return;
   const int64_t width = x_.target_size;
   int64_t count = 0;
   for (int64_t residue = 0; residue < classes(); ++residue) {

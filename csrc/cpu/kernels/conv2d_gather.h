@@ -85,10 +85,13 @@ enum class Cut { rows, whole_images };
 template <class T>
 class Gather {
  public:
-  // Lays its lists out in the arena, and fills them unless the arena counts. `channels` is the
-  // number of source channels of one group: the geometry is the same for every group.
+  // Keeps its lists in the arena: they follow from the shapes alone. `channels` is the number of
+  // source channels of one group: the geometry is the same for every group.
   Gather(const ImageTensor& source, int64_t channels, GatherAxis y, GatherAxis x, Cut cut,
          Slab slab, Arena& arena);
+
+  // Where the source's elements are; until this is said there is only geometry.
+  void read_from(const void* data) { source_.data = data; }
 
   int64_t block_count() const { return blocks_across_ * blocks_down_; }
   Block block(int64_t index) const;

@@ -40,22 +40,14 @@ class PlaneProduct {
       most_length_ = std::max(most_length_, run(whole, residue).length());
     }
     most_length_ = round_up(most_length_, isa.lanes);
-    channel_weights_ = arena.take<int64_t>(channels_);
-    weights_ = arena.take<int64_t>(gather.tap_total());
+    channel_weights_ = arena.keep<int64_t>(channels_);
+    weights_ = arena.keep<int64_t>(gather.tap_total());
+    if (arena.must_fill_kept()) list_weights();
     bias_ = arena.take<T>(call.bias ? target_.channels : 0);
     converted_ = arena.take<T>(scratch_size<T>(call.dtype, call.problem.groups * bank_.size()));
   }
 
-  // Where in the filters of a group the weights of a channel and those of a tap are.
   void prepare() {
-    const bool forward = call_.pass == Conv2dPass::forward;
-    const int64_t taps = bank_.taps, filter = bank_.channels * taps;
-    for (int64_t c = 0; c < channels_; ++c) channel_weights_[c] = c * (forward ? filter : taps);
-    const int64_t* weights = gather_.tap_weights(0);
-    for (int64_t t = 0; t < gather_.tap_start(gather_.classes()); ++t) {
-      const int64_t w = weights[t];
-      weights_[t] = forward ? w : w / taps * filter + w % taps;
-    }
     if (call_.bias) isa_.load(call_.dtype, call_.bias, 0, bias_, target_.channels);
     filters_ = as_type(isa_, call_.dtype, call_.weight, 0, call_.problem.groups * bank_.size(),
                        converted_);
@@ -74,6 +66,18 @@ class PlaneProduct {
   }
 
  private:
+  // Where in the filters of a group the weights of a channel and those of a tap are.
+  void list_weights() {
+    const bool forward = call_.pass == Conv2dPass::forward;
+    const int64_t taps = bank_.taps, filter = bank_.channels * taps;
+    for (int64_t c = 0; c < channels_; ++c) channel_weights_[c] = c * (forward ? filter : taps);
+    const int64_t* weights = gather_.tap_weights(0);
+    for (int64_t t = 0; t < gather_.tap_start(gather_.classes()); ++t) {
+      const int64_t w = weights[t];
+      weights_[t] = forward ? w : w / taps * filter + w % taps;
+    }
+  }
+
   Run run(const Block& block, int64_t residue) const {
     return {gather_.pixel_rows(block, residue), gather_.pixel_columns(residue),
             gather_.row_pitch()};

@@ -17,6 +17,13 @@ struct ConvBlockCall {
   // Of what lies between: problem, parameters, eps, relu and output; mean and var are results in
   // training. Its input is the activation.
   BatchNormCall norm;
+
+  ConvBlockCall description() const { return {conv.description(), algorithm, norm.description()}; }
+  bool operator==(const ConvBlockCall&) const = default;
+  uint64_t hash() const { return hash_of(conv.hash(), norm.hash()); }
+
+  Weights weights() const { return conv.weights(); }
+  void set_weights(const void* same) { conv.set_weights(same); }
 };
 
 void conv_block_train(const ConvBlockCall&, Arena&);
