@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from convext import transforms
+from convext import _C, transforms
 from convext.choice import permitted
 
 _ops = torch.ops.convext
@@ -72,8 +72,8 @@ def conv2d(
         TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
-    # The usual call goes straight to the op, which reads a number as a pair: a small convolution's
-    # time is its bookkeeping.
+    # The usual call goes straight to the op, which reads a number as a pair, and but for compilers
+    # not by torch.ops: a small convolution's time is its bookkeeping.
     if (
         type(stride) is type(padding) is type(dilation) is type(groups) is int
         and isinstance(input, Tensor)
@@ -82,7 +82,12 @@ def conv2d(
         and input.dim() == 4
         and not transforms.active()
     ):
-        return _conv2d(input, weight, bias, stride, padding, dilation, groups, permitted(algorithm))
+        algorithm = permitted(algorithm)
+        if not torch.compiler.is_compiling():
+            output = _C.conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
+            if output is not NotImplemented:
+                return output
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
     arguments = _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if arguments is None:
         operands, settings = (input, weight, bias), (stride, padding, dilation, groups)

@@ -1,6 +1,7 @@
 // The Python module convext._C. Importing it runs the registrations of the ops; what it exports are
 // facts about the build, the tables of algorithms and what the benchmarks measure the machine with,
-// never anything on the layers' path, since a pybind11 call breaks a torch.compile graph.
+// and nothing on the layers' path but eager_call.h, since a call of this module breaks a torch.compile
+// graph.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +15,7 @@
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/run_kernel.h"
+#include "eager_call.h"
 #include "last_algorithm.h"
 
 namespace py = pybind11;
@@ -122,6 +124,7 @@ PYBIND11_MODULE(_C, m) {
         "CONVEXT_CPU_ISA=" + std::string(refused) +
         " cannot be followed; this machine runs: " + joined(names_of_isas(true)));
   }
+  if (PyModule_AddFunctions(m.ptr(), eager_calls()) != 0) throw py::error_already_set();
   m.def("build_info", &build_info);
   m.def("cpu_algorithms", &cpu_algorithms);
   m.def("cpu_isas", [] { return names_of_isas(true); });
