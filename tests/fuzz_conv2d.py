@@ -78,7 +78,7 @@ def agrees(p: Conv2dProblem) -> None:
     algorithm = random.choice(("auto", *able))
     for conv_pass in PASSES:
         result = convext_pass(p, conv_pass, data, algorithm)
-        expect(p, conv_pass, data).check(result)
+        expect(p, conv_pass, data, algorithm).check(result)
 
 
 def bad_call(p: Conv2dProblem):
