@@ -1,7 +1,7 @@
 // The Python module convext._C. Importing it runs the registrations of the ops; what it exports are
 // facts about the build, the tables of algorithms and what the benchmarks measure the machine with,
-// and nothing on the layers' path but eager_call.h, since a call of this module breaks a torch.compile
-// graph.
+// and nothing on the layers' path but eager_call.h, since a call of this module breaks a
+// torch.compile graph.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

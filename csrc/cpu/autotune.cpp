@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/glue.h"
+#include "cpu/run_kernel.h"
 #include "cpu/kernels/conv2d_choice.h"
 
 namespace convext::cpu {
@@ -78,7 +79,7 @@ double seconds_since(Clock::time_point start) {
 // The workspace is part of what an algorithm costs.
 double time_of(const char* op, const Conv2dAlgorithm& algorithm, const Conv2dCall& call) {
   const Clock::time_point start = Clock::now();
-  run_with_workspace(op, [&](Arena& arena) { algorithm.run(call, arena); });
+  run_kernel(op, call, algorithm.run);
   return seconds_since(start);
 }
 

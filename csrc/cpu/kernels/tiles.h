@@ -280,9 +280,9 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 #include "cpu/kernels/column_tiles.h"
 #include "cpu/kernels/depthwise_tiles.h"
 #include "cpu/kernels/multiply_tile.h"
-#include "cpu/kernels/winograd_tiles.h"
 #include "cpu/kernels/peak_tile.h"
 #include "cpu/kernels/span_tiles.h"
+#include "cpu/kernels/winograd_tiles.h"
 
 // constexpr, for a table is read on CPUs that cannot run the code it points to.
 template <class T>
