@@ -10,6 +10,12 @@
 //
 // where * is by elements, so that the sums are n^2 matrix products. Tiles are transformed some at a
 // time, so that what is multiplied stays in cache.
+//
+// Errors. Of random normal operands in float32, the largest error against float64 over the largest
+// result is 0.5e-6 to 2e-6 with m = 4 and 0.1e-6 to 0.5e-6 with m = 2, in each pass; that is up to
+// 7.4 and 2.4 times PyTorch's own. It goes with the largest results of a tile, not with each. In
+// 16-bit types it is below the rounding of the output. A NaN or an infinity in an operand makes NaN
+// of all the results of the tiles that read it.
 #include "cpu/kernels/conv2d_driver.h"
 #include "cpu/kernels/winograd_blocks.h"
 
@@ -22,7 +28,7 @@ constexpr int64_t kChain = 128;
 // Tiles that are transformed and multiplied at a time: their planes of 64 channels stay in a cache
 // of 1 MiB beside 64 x 64 filters. More where filters would be read, or products summed, from
 // further away at every run. Sums depend on these, so they are the same on every ISA.
-constexpr int64_t kRun = 28, kLongRun = 128;
+constexpr int64_t kRun = 28, kLongRun = 128, kLongGradRun = 64;
 
 // Elements of transformed filters above which they are not kept, and of a row of their planes that
 // stay in cache.
@@ -111,15 +117,15 @@ class Filters {
       part.filters = std::min(most_, bank_.filters - first);
       const int64_t offset = (group * bank_.filters + first) * bank_.channels * bank_.taps;
       const T* filters =
-          as_type(isa_, part.dtype, weight, offset, part.size(), convert_ + slot * convert_size_);
+          as_type(isa_, bank_.dtype, weight, offset, part.size(), convert_ + slot * convert_size_);
       T* matrix = matrices_ + group * matrix_size_ + first * bank_.taps * (forward_ ? k : ld);
       T* planes = planes_ + group * n * n * plane_stride;
       if (forward_) {
         const int64_t width = round_up(part.filters, isa_.lanes);
-        load_filters_by_filter(isa_, part, filters, 0, width, matrix, width);
+        load_filters_by_filter(isa_, part, filters, 0, part.filters, matrix, width);
         if (!many) transform(group, first, width, 0, k, kAllRows, planes);
       } else {
-        load_filters_by_channel(isa_, part, filters, 0, ld, matrix, ld);
+        load_filters_by_channel(isa_, part, filters, 0, part.channels, matrix, ld);
         if (!many) transform(group, 0, ld, first, part.filters, kAllRows, planes);
       }
     });
@@ -260,10 +266,10 @@ void compute_images(const Conv2dCall& call, int size, Arena& arena) {
 // The pass whose results are weights. The tiles are cut into splits, as many as the shape wants,
 // and each split's gradient is summed by itself, then all in order. Within a split the products
 // [plane][channel][filter] are summed over runs of tiles; where they are too many for a cache, a
-// split is one run, and a range of filters goes all the way before the next.
+// block is one run, and a range of its filters goes all the way before the next.
 template <class T>
 void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
-  constexpr int64_t kRange = 64, kMostSplits = 16;
+  constexpr int64_t kRange = 64, kMostSplits = 4;
   const VectorKernels<T>& isa = call.isa->of<T>();
   const Conv2dProblem& p = call.problem;
   const ImageTensor source = input_tensor(call), target = grad_output_tensor(call);
@@ -272,11 +278,11 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
   const int64_t channels = bank.channels, filters = bank.filters, taps = bank.taps;
   const int64_t ld = round_up(filters, isa.lanes);
   const bool many = planes * channels * filters > kManyProducts;
-  const Tiling tiling(target, size, many ? kLongRun : kRun);
+  const Tiling tiling(target, size, many ? kLongGradRun : kRun);
   const int64_t run = many ? tiling.most_tiles() : kRun;
   const int64_t range = many ? std::min(ld, kRange) : ld;
   const int64_t splits =
-      std::max<int64_t>(1, many ? tiling.blocks : std::min(kMostSplits, tiling.blocks / 8));
+      std::clamp<int64_t>(many ? tiling.blocks : tiling.blocks / 8, 1, kMostSplits);
   const int64_t items = p.groups * splits;
   const int64_t slots = slot_count(call, items);
   const int64_t partial_size = taps * channels * ld;
@@ -287,14 +293,16 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
   T* convert = arena.take<T>(slots * convert_size);
   struct Scratch {
     Side<T> input, grad;
-    T* sums;  // [plane][channel][range]
+    T* sums;     // [plane][channel][range]
+    T* weights;  // [c * 9 + tap][range]
   };
   const auto scratch_in = [&](Arena& part) -> Scratch {
     Side<T> input(source, channels, tiling.most_rows() + 2, tiling, n, run, !in_place<T>(source),
                   isa, part);
     Side<T> grad(target, filters, tiling.most_rows(), tiling, size, run, !in_place<T>(target), isa,
                  part);
-    return {input, grad, part.take<T>(planes * sum_stride)};
+    T* sums = part.take<T>(planes * sum_stride);
+    return {input, grad, sums, part.take<T>(taps * channels * range)};
   };
   Arena part(nullptr);
   scratch_in(part);
@@ -319,8 +327,8 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
       const Pixels<T> y = grad.read(isa, target, block, g * filters);
       const int64_t tiles = tiling.tiles(block);
       for_tiles(tiles, run, [&](int64_t first, int count) {
-        const bool is_first = b == begin && first == 0;
-        const bool is_last = b + 1 == end && first + count == tiles;
+        const bool begins = many || (b == begin && first == 0);
+        const bool ends = many || (b + 1 == end && first + count == tiles);
         list_pixels(tiling, block, first, count, n, p.padding_height, p.padding_width, source, x,
                     input.outside, input.list);
         list_pixels(tiling, block, first, count, size, 0, 0, target, y, grad.outside, grad.list);
@@ -333,17 +341,23 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
           for (int64_t plane = 0; plane < planes; ++plane) {
             multiply_tiles(isa, input.planes + plane * input.plane_stride, input.ld, channels,
                            grad.planes + plane * grad.plane_stride + lane, grad.ld, lanes,
-                           s.sums + plane * sum_stride, range, count, !is_first);
+                           s.sums + plane * sum_stride, range, count, !begins);
           }
-          if (!is_last) continue;
+          if (!ends) continue;
           isa.winograd({WinogradMap::filter_grad,
                         size,
                         {nullptr, s.sums, sum_stride, range},
-                        {nullptr, partial + lane, ld, taps * ld},
+                        {nullptr, s.weights, range, taps * range},
                         nullptr,
                         channels,
                         lanes,
                         kAllRows});
+          for (int64_t row = 0; row < taps * channels; ++row) {
+            const T* from = s.weights + row * range;
+            T* to = partial + row * ld + lane;
+            for (int64_t i = 0; i < lanes; ++i)
+              to[i] = many && b > begin ? to[i] + from[i] : from[i];
+          }
         }
       });
     }

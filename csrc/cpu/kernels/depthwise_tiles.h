@@ -99,68 +99,80 @@ struct DepthwiseWindow {
   };
 };
 
-// All taps of kPixels neighbours; Row adds those of one row.
+// kPixels neighbours at a time, `groups` of them in every row; Row adds a row of taps.
 template <class T, template <class, int, int, bool> class Row, int kPixels, int kVectors,
           bool kPart>
-void depthwise_row(const DepthwiseTile<T>& t, DepthwiseVectors<T, kVectors, kPart> vectors,
-                   const T* source, const T* weights, T* pixel, const T* init) {
+void depthwise_columns(const DepthwiseTile<T>& tile, DepthwiseVectors<T, kVectors, kPart> vectors,
+                       int64_t groups) {
   using V = Vec<T>;
-  bool accumulate = t.accumulate;
-  int64_t row = 0;
-  do {
-    V sum[kPixels][kVectors];
-    CONVEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const V start = init ? vectors.load(init, v) : V::zero();
-      CONVEXT_UNROLL
-      for (int p = 0; p < kPixels; ++p) sum[p][v] = start;
-    }
-    const int64_t end = t.tap_rows - row < t.chain_rows ? t.tap_rows : row + t.chain_rows;
-    for (; row < end; ++row, source += t.tap_row, weights += t.weight_row) {
-      Row<T, kPixels, kVectors, kPart>::add_taps(t, vectors, source, weights, sum);
-    }
-    CONVEXT_UNROLL
-    for (int p = 0; p < kPixels; ++p) {
-      T* out = pixel + p * t.pixel_column;
-      CONVEXT_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        vectors.store(accumulate ? add(vectors.load(out, v), sum[p][v]) : sum[p][v], out, v);
-      }
-    }
-    init = nullptr;
-    accumulate = true;
-  } while (row < t.tap_rows);
-}
-
-// Calls the instance for this number of pixels, 1 to kMost.
-template <class T, template <class, int, int, bool> class Row, int kMost, int kVectors, bool kPart>
-CONVEXT_INLINE void depthwise_dispatch(const DepthwiseTile<T>& t, int pixels,
-                                       DepthwiseVectors<T, kVectors, kPart> vectors,
-                                       const T* source, const T* weights, T* pixel, const T* init) {
-  if constexpr (kMost > 1) {
-    if (pixels < kMost) {
-      return depthwise_dispatch<T, Row, kMost - 1>(t, pixels, vectors, source, weights, pixel,
-                                                   init);
+  const DepthwiseTile<T> t = tile;  // a copy, which no store can change
+  for (int64_t row = 0; row < t.rows; ++row) {
+    const T* first_source = t.source + row * t.source_row;
+    T* pixel = t.pixel + row * t.pixel_row;
+    for (int64_t group = 0; group < groups; ++group) {
+      const T* source = first_source;
+      const T* weights = t.weight;
+      const T* init = t.init;
+      bool accumulate = t.accumulate;
+      int64_t tap_row = 0;
+      do {
+        V sum[kPixels][kVectors];
+        CONVEXT_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          const V start = init ? vectors.load(init, v) : V::zero();
+          CONVEXT_UNROLL
+          for (int p = 0; p < kPixels; ++p) sum[p][v] = start;
+        }
+        const int64_t rest = t.tap_rows - tap_row;
+        const int64_t end = rest < t.chain_rows ? t.tap_rows : tap_row + t.chain_rows;
+        for (; tap_row < end; ++tap_row, source += t.tap_row, weights += t.weight_row) {
+          Row<T, kPixels, kVectors, kPart>::add_taps(t, vectors, source, weights, sum);
+        }
+        CONVEXT_UNROLL
+        for (int p = 0; p < kPixels; ++p) {
+          T* out = pixel + p * t.pixel_column;
+          CONVEXT_UNROLL
+          for (int v = 0; v < kVectors; ++v) {
+            vectors.store(accumulate ? add(vectors.load(out, v), sum[p][v]) : sum[p][v], out, v);
+          }
+        }
+        init = nullptr;
+        accumulate = true;
+      } while (tap_row < t.tap_rows);
+      first_source += kPixels * t.source_column;
+      pixel += kPixels * t.pixel_column;
     }
   }
-  depthwise_row<T, Row, kMost>(t, vectors, source, weights, pixel, init);
+}
+
+// Calls the instance for groups of this many pixels, 1 to kMost.
+template <class T, template <class, int, int, bool> class Row, int kMost, int kVectors, bool kPart>
+CONVEXT_INLINE void depthwise_dispatch(const DepthwiseTile<T>& t, int64_t pixels,
+                                       DepthwiseVectors<T, kVectors, kPart> vectors,
+                                       int64_t groups) {
+  if constexpr (kMost > 1) {
+    if (pixels < kMost) {
+      return depthwise_dispatch<T, Row, kMost - 1>(t, pixels, vectors, groups);
+    }
+  }
+  depthwise_columns<T, Row, kMost>(t, vectors, groups);
 }
 
 template <class T, template <class, int, int, bool> class Row>
-void depthwise_rectangle(const DepthwiseTile<T>& t) {
-  const int64_t tiles = ceil_div(t.columns, int64_t(kDepthwisePixels));
-  for_channel_vectors<T, kDepthwiseVectors>(t.channels, [&](auto vectors, int64_t channel) {
-    for (int64_t row = 0; row < t.rows; ++row) {
-      const T* source = t.source + row * t.source_row + channel;
-      T* pixel = t.pixel + row * t.pixel_row + channel;
-      for (int64_t i = 0, first = 0; i < tiles; ++i) {
-        const int64_t end = (i + 1) * t.columns / tiles;
-        depthwise_dispatch<T, Row, kDepthwisePixels>(
-            t, int(end - first), vectors, source + first * t.source_column, t.weight + channel,
-            pixel + first * t.pixel_column, t.init ? t.init + channel : nullptr);
-        first = end;
-      }
-    }
+void depthwise_rectangle(const DepthwiseTile<T>& tile) {
+  const int64_t pixels = ceil_div(tile.columns, ceil_div(tile.columns, int64_t(kDepthwisePixels)));
+  const int64_t groups = tile.columns / pixels, rest = tile.columns % pixels;
+  for_channel_vectors<T, kDepthwiseVectors>(tile.channels, [&](auto vectors, int64_t channel) {
+    DepthwiseTile<T> t = tile;
+    t.source += channel;
+    t.weight += channel;
+    t.pixel += channel;
+    if (t.init) t.init += channel;
+    depthwise_dispatch<T, Row, kDepthwisePixels>(t, pixels, vectors, groups);
+    if (rest == 0) return;
+    t.source += groups * pixels * t.source_column;
+    t.pixel += groups * pixels * t.pixel_column;
+    depthwise_dispatch<T, Row, kDepthwisePixels>(t, rest, vectors, 1);
   });
 }
 

@@ -13,7 +13,7 @@ CONVEXT_INLINE void multiply_rows(const Multiply<T>& m, const T* a, T* out) {
   CONVEXT_UNROLL
   for (int i = 0; i < kPointers; ++i) base[i] = a + 3 * i * ld;
   const T* b = m.b;
-  constexpr int kAhead = 8;  // rows of b that are fetched early
+  constexpr int kAhead = 8;  // rows of b that are asked for before they are needed
   V sum[kRows][kVectors];
   CONVEXT_UNROLL
   for (int r = 0; r < kRows; ++r) {

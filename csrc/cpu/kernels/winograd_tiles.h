@@ -153,8 +153,9 @@ struct Winograd<4> {
   };
 };
 
-// One vector of columns, from column c on; `last` counts the lanes used where kPartial.
-template <class T, class Map, bool kFromImage, bool kToImage, bool kPartial>
+// One vector of columns, from column c on; `last` counts the lanes used where kPartial. Of the
+// results, only those of one row where kRow is not negative.
+template <class T, class Map, bool kFromImage, bool kToImage, bool kPartial, int kRow>
 CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64_t c, int last) {
   using V = Vec<T>;
   constexpr int kIn = Map::in, kOut = Map::out;
@@ -162,7 +163,6 @@ CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64
   T* const* to_pixels = kToImage ? t.to.pixels + tile * kOut * kOut : nullptr;
   const T* from = kFromImage ? nullptr : t.from.planes + tile * t.from.tile_stride + c;
   T* to = kToImage ? nullptr : t.to.planes + tile * t.to.tile_stride + c;
-  const bool one_row = !kFromImage && !kToImage && t.row >= 0;
   const V bias = kToImage && t.bias ? V::load(t.bias + c) : V::zero();
   V half[kOut][kIn];
   CONVEXT_UNROLL
@@ -184,7 +184,7 @@ CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64
   }
   CONVEXT_UNROLL
   for (int y = 0; y < kOut; ++y) {
-    if (one_row && y != t.row) continue;
+    if (kRow >= 0 && y != kRow) continue;
     V mapped[kOut];
     Map::apply(half[y], mapped);
     CONVEXT_UNROLL
@@ -201,23 +201,31 @@ CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64
           result.store(p);
         }
       } else {
-        mapped[x].store(to + (one_row ? x : i) * t.to.plane_stride);
+        mapped[x].store(to + (kRow >= 0 ? x : i) * t.to.plane_stride);
       }
     }
   }
 }
 
-template <class T, class Map, bool kFromImage, bool kToImage>
+template <class T, class Map, bool kFromImage, bool kToImage, int kRow = -1>
 void winograd_tiles(const WinogradTiles<T>& t) {
   constexpr int kLanes = Vec<T>::lanes;
   const int64_t whole = t.cols - t.cols % kLanes;
   for (int64_t tile = 0; tile < t.count; ++tile) {
     for (int64_t c = 0; c < whole; c += kLanes) {
-      winograd_tile<T, Map, kFromImage, kToImage, false>(t, tile, c, 0);
+      winograd_tile<T, Map, kFromImage, kToImage, false, kRow>(t, tile, c, 0);
     }
     if (whole < t.cols) {
-      winograd_tile<T, Map, kFromImage, kToImage, true>(t, tile, whole, int(t.cols - whole));
+      winograd_tile<T, Map, kFromImage, kToImage, true, kRow>(t, tile, whole, int(t.cols - whole));
     }
+  }
+}
+
+template <class T, class Map, int kRow>
+void winograd_filter_row(const WinogradTiles<T>& t) {
+  if constexpr (kRow < Map::out) {
+    if (t.row == kRow) return winograd_tiles<T, Map, false, false, kRow>(t);
+    winograd_filter_row<T, Map, kRow + 1>(t);
   }
 }
 
@@ -232,6 +240,7 @@ void winograd_sized(const WinogradTiles<T>& t) {
     case WinogradMap::output_grad:
       return winograd_tiles<T, typename W::OutputGrad, true, false>(t);
     case WinogradMap::filter:
+      if (t.row >= 0) return winograd_filter_row<T, typename W::Filter, 0>(t);
       return winograd_tiles<T, typename W::Filter, false, false>(t);
     case WinogradMap::filter_grad:
       return winograd_tiles<T, typename W::FilterGrad, false, false>(t);
