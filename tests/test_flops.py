@@ -121,6 +121,7 @@ def test_profiler_shows_names_and_shapes(device):
     assert {name: value for name, value in shapes.items() if name.startswith("convext::")} == {
         "convext::conv2d": [[2, 3, 8, 7], [4, 3, 3, 2], [4]],
         "convext::batch_norm_train": [out, [4], [4]],
+        "convext::update_running_statistics": [[4], [4], [4], [4]],
         "convext::batch_norm_backward": [out, out, [4], [4], [4]],
         "convext::conv2d_backward_input": [out, [4, 3, 3, 2]],
         "convext::conv2d_backward_weight": [out, [2, 3, 8, 7]],

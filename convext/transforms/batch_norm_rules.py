@@ -64,7 +64,15 @@ def update_in_place(
     The batch's variance comes biased, as the ops give it, and goes in unbiased.
     """
     unbiased = momentum * count / (count - 1)
-    _update(running_mean, running_var, mean, var, momentum, unbiased)
+    if not (torch.compiler.is_compiling() or isinstance(unbiased, Tensor)):
+        _update(running_mean, running_var, mean, var, momentum, unbiased)
+        return
+    # torch.compile has symbols for numbers and torch.jit.trace tensors, which torch's own
+    # operations take.
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    if running_var is not None:
+        running_var.mul_(1 - momentum).add_(var, alpha=unbiased)
 
 
 @in_graph

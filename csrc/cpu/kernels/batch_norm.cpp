@@ -80,7 +80,7 @@ void set_given(const BatchNormCall& call, Normalization<T>& to) {
 
 template <class T>
 void eval(const BatchNormCall& call, Arena& arena) {
-  const ChannelSweep<T> sweep = sweep_of<T>(call, 1, arena);
+  const ChannelSweep<T> sweep = sweep_of<T>(call, 0, arena);
   Normalization<T> to(call.problem.channels, arena);
   if (arena.counting()) return;
   set_given(call, to);
@@ -174,7 +174,7 @@ void backward(const BatchNormCall& call, Arena& arena) {
 
 template <class T>
 void sum_channels(const BatchNormCall& call, Arena& arena) {
-  const ChannelSweep<T> sweep = sweep_of<T>(call, 1, arena);
+  const ChannelSweep<T> sweep = sweep_of<T>(call, 0, arena);
   double* sum = arena.take<double>(call.problem.channels);
   if (arena.counting()) return;
   sweep.for_blocks([&](const auto& block) {

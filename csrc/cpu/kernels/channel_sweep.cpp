@@ -14,14 +14,14 @@ constexpr int64_t kManyImages = 32;
 static_assert(kShortestSpan >= kSpanLanes);
 
 // Columns of a range at most: their sums and parameters stay in the first-level cache. Fewer where
-// rows of them have to be converted.
-constexpr int64_t kRangeColumns = 2048, kConvertedColumns = 512;
+// rows of them have to be converted, or are copies.
+constexpr int64_t kRangeColumns = 2048, kFewColumns = 512;
 constexpr int64_t kSheetSize = 4096;  // elements; they stay there too
 
 // What of a second-level cache a block may take, in bytes, and what it may where it is one channel.
 constexpr int64_t kBlockSize = 256 * 1024;
 constexpr int64_t kLargestBlock = 448 * 1024;
-constexpr int64_t kShortestRun = 1024;  // bytes; shorter ones are slow to come from memory
+constexpr int64_t kShortestRun = 2048;  // bytes; shorter ones are slow to come from memory
 constexpr int64_t kRun = 4096;          // elements; longer ones are none the quicker
 
 constexpr int64_t kMostSplits = 64;
@@ -78,10 +78,10 @@ ChannelGrid::ChannelGrid(const BatchNormProblem& p, Layout layout, int64_t bytes
   by_span_ = nchw && p.pixels >= (p.batch < kManyImages ? kShortestSpan : kShortestSpanOfMany);
   span_ = nchw ? p.pixels : 1;
   const int64_t unit = channels_ * span_, units = nchw ? p.batch : p.count();
-  const int64_t most_columns = converts ? kConvertedColumns : kRangeColumns;
+  const int64_t most_columns = converts ? kFewColumns : kRangeColumns;
   if (!by_span_) {
     // Enough copies for 32 columns and for a multiple of 16, which suits the vectors of every ISA.
-    while (copies_ < 32 && unit * copies_ * 2 <= most_columns &&
+    while (copies_ < 32 && unit * copies_ * 2 <= kFewColumns &&
            (unit * copies_ < 32 || unit * copies_ % 16)) {
       copies_ *= 2;
     }
@@ -95,8 +95,8 @@ ChannelGrid::ChannelGrid(const BatchNormProblem& p, Layout layout, int64_t bytes
   };
   const int64_t widest = by_span_ ? channels_ : as_many(most_columns / span_);
   const int64_t channel_bytes = p.count() * bytes;
-  range_channels_ = std::min(widest, as_many(kBlockSize / channel_bytes));
-  in_cache_ = channel_bytes <= kLargestBlock / range_channels_ &&
+  range_channels_ = std::min(widest, as_many(kBlockSize / std::max<int64_t>(1, channel_bytes)));
+  in_cache_ = bytes > 0 && channel_bytes <= kLargestBlock / range_channels_ &&
               (range_channels_ == channels_ || range_channels_ * span_ * bytes >= kShortestRun);
   split_rows_ = std::max<int64_t>(1, rows_);
   if (!in_cache_) {

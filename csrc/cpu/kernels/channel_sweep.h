@@ -99,7 +99,7 @@ struct ChannelMap {
 template <class T>
 class ChannelSweep {
  public:
-  // `tensors` is how many of the problem's a block reads again and again.
+  // `tensors` is how many of the problem's are read more than once.
   ChannelSweep(const BatchNormProblem&, DType, Layout, int64_t tensors, const IsaKernels&,
                int64_t threads, Arena&);
 
