@@ -38,7 +38,8 @@ CSRC = ROOT / "csrc"
 CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0")
 # No contraction of a*b + c behind our back: kernels write fma() where they mean it, and so give
 # the same bits whatever the compiler. Hidden symbols: nothing but the module's init is exported.
-CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# C++20 is torch's own standard since some release; ours, for comparisons written by the compiler.
+CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
 # clang's -fopenmp calls libomp, which a torch made with GCC does not load; hence the refusal.
 OPENMP_PROBE = """

@@ -35,7 +35,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if not Path("/usr/include/simde/x86/avx512.h").exists():
         pytest.skip("SIMD Everywhere is not installed (Debian: libsimde-dev)")
     library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    command = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
+    command = ["g++", "-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
     command += ["-mavx2", "-mfma", "-mf16c", "-DCONVEXT_EMULATE_SIMD"]
     command += [f"-I{ROOT}/tests/emulation", f"-I{ROOT}/csrc", "-o", str(library)]
     command += sorted(str(path) for path in (ROOT / "csrc/cpu/kernels").glob("*.cpp"))

@@ -552,7 +552,7 @@ def test_an_algorithm_that_declines_is_left_out_of_the_timing():
         raise RuntimeError("a mistake")
 
     def case(**calls):
-        made = {STOCK: list, AUTO: list, "direct": list, "im2col": list, **calls}
+        made = dict.fromkeys((STOCK, AUTO, WINOGRAD, *convext.algorithms()), list) | calls
         return Case("", "", "a layer", "forward", lambda dtype, layout: made, chooses=True)
 
     run = Run(Selection(algorithms=["all"], effort=Effort(rounds=3, sample=0.0)).checked())

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from problems import FORMS, PROBLEMS, Conv2dProblem, named
+from problems import FORMS, LESSON_LAYERS, PROBLEMS, Conv2dProblem, named
 from reference import PASSES, Operands, convext_pass
 from reference import operands as make_operands
 from torch._dynamo.backends.common import aot_autograd
@@ -68,7 +68,7 @@ def in_thread(function):
 )
 @pytest.mark.parametrize("form", ["contiguous", "channels_last"])
 def test_each_row_decides(p, conv_pass, permission, names, form):
-    run(p, conv_pass, "auto" + permission, form)
+    run(p, conv_pass, "auto" + permission, layout=form)
     expected = next((name for name in names if name in convext.algorithms()), "direct")
     if expected == "im2col" and form == "contiguous":
         expected = "direct"  # whose lanes may be pixels there
@@ -87,7 +87,7 @@ def test_the_last_row_takes_what_is_left():
     assert {name for name, _ in ROWS} >= set(convext.algorithms())
 
 
-@pytest.mark.parametrize("name", ["lesson layer 1", "depthwise", "stem of 3 channels"])
+@pytest.mark.parametrize("name", [LESSON_LAYERS[0].name, "depthwise", "stem of 3 channels"])
 def test_same_answer_and_bits_for_any_threads_and_isa(name, restore_threads, restore_isa):
     p = named(name)
     for conv_pass in PASSES:
@@ -287,7 +287,7 @@ def test_exported_program_keeps_the_permission():
 
 
 def test_permission_changes_nothing_where_winograd_declines():
-    p = named("lesson layer 2")
+    p = LESSON_LAYERS[1]
     for conv_pass in PASSES:
         plain = run(p, conv_pass)
         before = last(conv_pass)
@@ -344,7 +344,7 @@ def test_tuned_is_a_named_algorithm(name, conv_pass, isa, path):
         result = run(p, conv_pass)
     algorithm, _ = last(conv_pass)
     (seconds,) = tuner.results.values()
-    assert algorithm == min(seconds, key=seconds.get)
+    assert seconds[algorithm] == min(seconds.values())
     assert torch.equal(result, run(p, conv_pass, algorithm))
 
 

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cpu/glue.h"
-#include "cpu/run_kernel.h"
 #include "cpu/kernels/conv2d_choice.h"
+#include "cpu/run_kernel.h"
 
 namespace convext::cpu {
 namespace {

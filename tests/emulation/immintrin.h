@@ -33,3 +33,18 @@ inline void store_masked(void* to, unsigned mask, Vector vector) {
 #define _mm512_mask_storeu_pd(to, mask, vector) store_masked<double>(to, mask, vector)
 #define _mm512_maskz_loadu_ps(mask, from) load_masked<__m512, float>(mask, from)
 #define _mm512_maskz_loadu_pd(mask, from) load_masked<__m512d, double>(mask, from)
+
+// Two 128-bit quarters of each operand, by two bits of the choice for each.
+inline __m512 shuffle_quarters(__m512 a, __m512 b, int choice) {
+  float from[32], to[16];
+  __builtin_memcpy(from, &a, sizeof a);
+  __builtin_memcpy(from + 16, &b, sizeof b);
+  for (int i = 0; i < 4; ++i) {
+    const int quarter = (choice >> 2 * i & 3) + (i < 2 ? 0 : 4);
+    __builtin_memcpy(to + 4 * i, from + 4 * quarter, 16);
+  }
+  __m512 result;
+  __builtin_memcpy(&result, to, sizeof result);
+  return result;
+}
+#define _mm512_shuffle_f32x4(a, b, choice) shuffle_quarters(a, b, choice)
