@@ -301,10 +301,15 @@ def test_auto_takes_depthwise_for_filters_of_one_channel():
         assert convext.last_algorithm() == ("depthwise", "depthwise", "depthwise")
 
 
-def test_auto_takes_columns_for_the_gradient_of_few_channels():
-    x = torch.randn(1, 1, 8, 8, requires_grad=True)
-    convext.Conv2d(1, 8, 3)(x).sum().backward()
-    assert convext.last_algorithm() == ("direct", "im2col", "direct")
+@pytest.mark.parametrize(
+    ("memory_format", "expected"),
+    [(torch.contiguous_format, "direct"), (torch.channels_last, "im2col")],
+)
+def test_auto_takes_columns_for_the_gradient_of_few_channels(memory_format, expected):
+    x = torch.randn(1, 3, 8, 8).to(memory_format=memory_format).requires_grad_()
+    output = convext.Conv2d(3, 8, 3)(x)
+    output.backward(torch.ones_like(output))
+    assert convext.last_algorithm() == ("direct", expected, "direct")
 
 
 def test_build_info():
