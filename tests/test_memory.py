@@ -3,8 +3,11 @@ weights between two calls, in bounded memory.
 """
 
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,3 +234,10 @@ def test_large_weights_leave_bounded_memory():
         expected = repeated(lambda i=input, w=weight: conv2d(i, w, padding=1))
         assert torch.equal(conv2d(input, weight.clone(), padding=1), expected)
         assert_bounded()
+
+
+def test_nothing_past_an_operand_is_read():
+    script = Path(__file__).with_name("guarded_operands.py")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 1000

@@ -1,7 +1,7 @@
 // Direct convolution: products are summed where the operands lie, with no matrix laid out. Vector
 // lanes run across output channels (input channels in backward_input), or across pixels (see
 // conv2d_planes.h), never across a sum, so every result adds its products in the order channel,
-// kernel row, kernel column (in chains of fused multiply-adds, see chain_length), and has the same
+// kernel row, kernel column (in chains of fused multiply-adds, see tap_chain), and has the same
 // bits on every ISA.
 #include "cpu/kernels/conv2d_driver.h"
 #include "cpu/kernels/conv2d_planes.h"
@@ -9,6 +9,7 @@
 namespace convext::cpu {
 namespace {
 
+// Of sums that stay in the second-level cache while a block's pixels are added to them.
 constexpr int64_t kSumBytes = 512 << 10;
 
 template <class T>
@@ -54,7 +55,7 @@ class DirectProduct {
                          const VectorKernels<T>& isa, const Scratch&) {
     const int vectors = int(width / isa.lanes);
     const int64_t pixels = gather.pixel_count(block, 0), chain = pixel_chain(pixels);
-    // Sums that the second-level cache can't hold are visited as seldom as can be.
+    // Larger ones are visited as seldom as can be: all pixels in one part.
     const bool fit = gather.tap_count(0) * width * int64_t(sizeof(T)) <= kSumBytes;
     const int64_t row_bytes = fit ? width * sizeof(T) : 1;
     for_sum_parts(pixels, chain, row_bytes, [&](int64_t first_pixel, int64_t count) {

@@ -90,9 +90,9 @@ Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, Gat
   const bool by_phase = slab == Slab::by_phase;
   if (by_phase) source_.layout = Layout::nchw;  // so do images of one pixel lie in any layout
   const int64_t phases_y = by_phase ? y.source_step : 1, phases_x = by_phase ? x.source_step : 1;
-  in_place_ = cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() &&
-              x.inside() && phases_y == 1 && phases_x == 1;
   choose_blocks(cut);
+  in_place_ = cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() &&
+              x.inside() && (!by_phase || fits_whole_vectors());
   slab_height_ = y_.slab_size(block_rows_);
   slab_width_ = x_.slab_size(x_.target_size);
   const int64_t width = in_place_ ? source.width : round_up(slab_width_, phases_x);
@@ -120,6 +120,14 @@ Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, Gat
   column_step_ = x.source_step / phases_x * stride_w_;
   list_taps(arena);
   list_pixels(arena);
+}
+
+template <class T>
+bool Gather<T>::fits_whole_vectors() const {
+  constexpr int64_t kMostLanes = 16;
+  if (classes() > 1 || y_.source_step > 1 || x_.source_step > 1 || block_rows_ == 0) return false;
+  const int64_t last_rows = (y_.target_size - 1) % block_rows_ + 1;
+  return ((last_rows - 1) * source_.width + x_.target_size) % kMostLanes == 0;
 }
 
 template <class T>

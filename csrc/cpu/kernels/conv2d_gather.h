@@ -151,6 +151,9 @@ class Gather {
 
  private:
   void choose_blocks(Cut cut);
+  // Whether vectors over neighbouring targets end with the last block of an image: past it nothing
+  // of the source may be read.
+  bool fits_whole_vectors() const;
   void list_taps(Arena& arena);
   void list_pixels(Arena& arena);
 
