@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import threading
 from pathlib import Path
 
 from convext import _C
@@ -75,14 +76,16 @@ class autotune:  # noqa: N801, a function to its users, as torch.set_grad_enable
 
 _in_memory = _C.MeasuredTimes()
 _caches: dict[Path, TuningCache] = {}
+_caches_lock = threading.Lock()
 
 
 def _cache(cache: bool | str | os.PathLike[str]) -> TuningCache:
     """The one of this path: what was measured with it counts for all who name it."""
     path = Path.cwd() / (_user_cache() if cache is True else Path(cache))
-    if path not in _caches:
-        _caches[path] = TuningCache(path)
-    return _caches[path]
+    with _caches_lock:
+        if path not in _caches:
+            _caches[path] = TuningCache(path)
+        return _caches[path]
 
 
 def _user_cache() -> Path:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -551,8 +552,15 @@ def test_in_memory_is_remembered_by_the_process():
     assert in_thread(lambda: convext.autotune().results) == results
 
 
-def test_threads_measure_each_problem_once(path):
+def test_threads_measure_each_problem_once(path, monkeypatch):
     p, found = named("plain"), []
+    read = TuningCache._read
+
+    def read_slowly(cache):
+        time.sleep(0.05)  # while others ask for the same file
+        return read(cache)
+
+    monkeypatch.setattr(TuningCache, "_read", read_slowly)
 
     def work():
         with convext.autotune(cache=path) as tuner:
