@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convext import functional
-from convext.nn import BatchNorm2d, Conv2d, fx_node, is_fx_leaf
+from convext.nn import BatchNorm2d, Conv2d, fx_node, is_fx_leaf, weight_and_bias
 
 ORDERS = ("conv-relu-norm", "conv-norm-relu")
 
@@ -108,8 +108,7 @@ class ConvBlock2d(nn.Module):
 
     def is_fused(self) -> bool:
         """Whether a call is one operation, and not the parts one after another (see above)."""
-        conv, norm = self.conv, self.norm
-        return _is_ours(conv, norm) and not (has_hooks(conv) or has_hooks(norm))
+        return _are_fusible(self.conv, self.norm)
 
     def layers(self) -> nn.Sequential:
         """The parts as separate layers, `conv`, `relu` and `norm`; they are not copied."""
@@ -121,19 +120,18 @@ class ConvBlock2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor) and is_fx_leaf(self, input):
             return fx_node(self, input)
-        conv, norm = self.conv, self.norm
-        if not self.is_fused():
+        parts = self._modules
+        conv, norm = parts["conv"], parts["norm"]
+        if not _are_fusible(conv, norm):
             return functional.conv_block_in_parts(conv(input), self.order, norm)
         running_mean, running_var, training, momentum = norm._statistics()
         input, padding = conv._pad(input)
         return functional.conv_block(
             input,
-            conv.weight,
-            conv.bias,
+            *weight_and_bias(conv),
             running_mean,
             running_var,
-            norm.weight,
-            norm.bias,
+            *weight_and_bias(norm),
             conv.stride,
             padding,
             conv.dilation,
@@ -154,9 +152,15 @@ def _check_order(order: str) -> None:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
 
 
+def _are_fusible(conv: nn.Module, norm: nn.Module) -> bool:
+    return _is_ours(conv, norm) and not (has_hooks(conv) or has_hooks(norm))
+
+
 def _is_ours(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether the layers compute what `functional.conv_block` does (parametrised ones do)."""
     conv_type, norm_type = type(conv), type(norm)
+    if conv_type is Conv2d and norm_type is BatchNorm2d:
+        return True
     return (
         isinstance(conv, Conv2d)
         and conv_type.forward is Conv2d.forward

@@ -23,6 +23,14 @@ _conv_block_train = _ops.conv_block_train.default
 _conv_block_eval = _ops.conv_block_eval.default
 
 
+def _is_eager() -> bool:
+    """Whether plain calls may go by `convext._C`: a small layer's time is its bookkeeping.
+
+    Those that are not plain come back as NotImplemented, to take the long way (csrc/eager_call.h).
+    """
+    return not (transforms.active() or torch.compiler.is_compiling())
+
+
 def _pair(name: str, value: int | tuple[int, ...] | list[int]) -> tuple[int, ...] | list[int]:
     if type(value) is int:
         return (value, value)
@@ -72,29 +80,18 @@ def conv2d(
         TypeError: an argument of another Python type.
         ValueError: an unknown algorithm, or one that cannot do this problem.
     """
-    # The usual call goes straight to the op, which reads a number as a pair, and but for compilers
-    # not by torch.ops: a small convolution's time is its bookkeeping.
-    if (
-        type(stride) is type(padding) is type(dilation) is type(groups) is int
-        and isinstance(input, Tensor)
-        and isinstance(weight, Tensor)
-        and (bias is None or isinstance(bias, Tensor))
-        and input.dim() == 4
-        and not transforms.active()
-    ):
-        algorithm = permitted(algorithm)
-        if not torch.compiler.is_compiling():
-            output = _C.conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
-            if output is not NotImplemented:
-                return output
-        return _conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm)
+    algorithm_of_op = permitted(algorithm)
+    if _is_eager():
+        output = _C.conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm_of_op)
+        if output is not NotImplemented:
+            return output
     arguments = _conv2d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if arguments is None:
         operands, settings = (input, weight, bias), (stride, padding, dilation, groups)
         return handle_torch_function(conv2d, operands, *operands, *settings, algorithm=algorithm)
     input, stride, padding, dilation, unbatched = arguments
     op = transforms.conv2d if transforms.active() else _conv2d
-    output = op(input, weight, bias, stride, padding, dilation, groups, permitted(algorithm))
+    output = op(input, weight, bias, stride, padding, dilation, groups, algorithm_of_op)
     return output.squeeze(0) if unbatched else output
 
 
@@ -187,6 +184,12 @@ def batch_norm(
         RuntimeError: no running statistics outside training, or running statistics that require
             a gradient; sizes, dtypes or devices that do not fit.
     """
+    if _is_eager():
+        output = _C.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        if output is not NotImplemented:
+            return output
     if not isinstance(input, Tensor):
         if not has_torch_function((input,)):
             raise TypeError(f"batch_norm(): input must be a Tensor, got {type(input).__name__}")
@@ -294,6 +297,28 @@ def conv_block(
         ValueError: an unknown order, and what `batch_norm` raises it for.
         RuntimeError, TypeError: as `conv2d` and `batch_norm`.
     """
+    algorithm_of_op = permitted(algorithm)
+    if _is_eager():
+        output = _C.conv_block(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            norm_weight,
+            norm_bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            training,
+            momentum,
+            eps,
+            order,
+            algorithm_of_op,
+        )
+        if output is not NotImplemented:
+            return output
     if transforms.active():
         return conv_block_in_parts(
             conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm=algorithm),
@@ -325,10 +350,9 @@ def conv_block(
     _refuse_gradients(running_mean, running_var)
     _check_running_statistics(running_mean, running_var, training, weight.shape[:1])
     settings = (stride, padding, dilation, groups, eps, order)
-    algorithm = permitted(algorithm)
     if training:
         output, _, mean, var = _conv_block_train(
-            input, weight, bias, norm_weight, norm_bias, *settings, algorithm
+            input, weight, bias, norm_weight, norm_bias, *settings, algorithm_of_op
         )
         _update_running_statistics(running_mean, running_var, mean, var, output, momentum)
     else:
@@ -342,7 +366,7 @@ def conv_block(
             norm_bias,
             *settings,
             False,  # autograd keeps the activation where it needs it
-            algorithm,
+            algorithm_of_op,
         )
     return output.squeeze(0) if unbatched else output
 

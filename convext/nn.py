@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from convext import functional
+from convext import _C, functional
 from convext.algorithms import check_algorithm_name
 
 
@@ -22,6 +22,25 @@ def fx_node(module: nn.Module, input: Proxy) -> Proxy:
     """The call of the layer in torch.fx's graph."""
     path = input.tracer.path_of_module(module)
     return input.tracer.create_proxy("call_module", path, (input,), {})
+
+
+# `nn.Module.__getattr__` takes most of a microsecond, for each of a block's nine tensors. Where one
+# is not in its place (parametrised, pruned, a replica's) it is an attribute of another kind.
+def weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """A layer's parameters, quickly."""
+    held = module._parameters
+    try:
+        return held["weight"], held["bias"]
+    except KeyError:
+        return module.weight, module.bias
+
+
+def buffer_of(module: nn.Module, name: str) -> Tensor | None:
+    """A layer's buffer, quickly."""
+    try:
+        return module._buffers[name]
+    except KeyError:
+        return getattr(module, name)
 
 
 class Conv2d(nn.Conv2d):
@@ -76,7 +95,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor) and is_fx_leaf(self, input):
             return fx_node(self, input)
-        return self._conv_forward(input, self.weight, self.bias)
+        return self._conv_forward(input, *weight_and_bias(self))
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
@@ -121,8 +140,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
+            *weight_and_bias(self),
             training,
             momentum,
             self.eps,
@@ -130,7 +148,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _statistics(self) -> tuple[Tensor | None, Tensor | None, bool, float]:
         """Count a batch; return (running_mean, running_var, training, momentum) for it."""
-        running_mean, running_var, training = self.running_mean, self.running_var, self.training
+        training = self.training
+        running_mean, running_var = buffer_of(self, "running_mean"), buffer_of(self, "running_var")
         if training and not self.track_running_stats:
             running_mean = running_var = None
         training = training or (running_mean is None and running_var is None)
@@ -138,8 +157,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _count_batch(self) -> float:
         """Count a training batch; return its weight in the running statistics."""
-        batches = self.num_batches_tracked if self.training and self.track_running_stats else None
-        if batches is not None:
+        counts = self.training and self.track_running_stats
+        batches = buffer_of(self, "num_batches_tracked") if counts else None
+        if batches is not None and (
+            torch.compiler.is_compiling() or _C.count_batch(batches) is NotImplemented
+        ):
             batches.add_(1)
         if self.momentum is not None:
             return self.momentum

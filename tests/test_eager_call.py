@@ -1,4 +1,7 @@
-"""The way from Python to the convolution past torch.ops: the op itself, or NotImplemented."""
+"""The way from Python to the convolution past torch.ops: the op itself, or NotImplemented.
+
+For batch norm and the block, see test_eager_norm.py.
+"""
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ OP = torch.ops.convext.conv2d.default
 
 
 def arguments(**changed) -> list:
+    torch.manual_seed(0)
     named = {
         "input": torch.randn(2, 4, 6, 5),
         "weight": torch.randn(6, 2, 3, 2),
@@ -29,6 +33,13 @@ def arguments(**changed) -> list:
 def test_is_the_op(bias, algorithm):
     operands = arguments(bias=bias, algorithm=algorithm)
     assert torch.equal(_C.conv2d(*operands), OP(*operands))
+
+
+def test_takes_pairs():
+    assert torch.equal(
+        _C.conv2d(*arguments(stride=(1, 2), padding=(2, 0), dilation=(2, 1))),
+        OP(*arguments(stride=[1, 2], padding=[2, 0], dilation=[2, 1])),
+    )
 
 
 def test_is_differentiated():
@@ -60,7 +71,11 @@ class Index:
         {"input": Subclass(torch.randn(2, 4, 6, 5))},
         {"weight": [1]},
         {"bias": 0},
-        {"stride": (1, 1)},
+        {"stride": [1, 1]},
+        {"stride": (1,)},
+        {"padding": (1, 1.0)},
+        {"dilation": (1, 1 << 64)},
+        {"input": torch.randn(4, 6, 5)},
         {"stride": 1.0},
         {"padding": "same"},
         {"dilation": True},
@@ -86,7 +101,7 @@ def test_leaves_another_number_of_arguments_to_the_op():
         {"stride": 0},
         {"padding": -1},
         {"groups": 3},
-        {"input": torch.randn(2, 4, 6)},
+        {"stride": (1, 0)},
         {"input": torch.ones(2, 4, 6, 5, dtype=torch.int32)},
         {"weight": torch.randn(6, 2, 9, 9)},
         {"bias": torch.randn(5)},

@@ -8,6 +8,7 @@
 
 #include "autograd/differentiated.h"
 #include "autograd/ops.h"
+#include "of_type.h"
 #include "tensor_args.h"
 
 namespace convext {
@@ -24,27 +25,26 @@ struct Saved {
                    const optional<Tensor>& bias, const Tensor& mean, const Tensor& var,
                    double eps) {
     ctx->save_for_backward({input, mean, var, weight.value_or(Tensor())});
-    ctx->saved_data["has_weight"] = weight.has_value();
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["bias_type"] = bias ? bias->scalar_type() : at::kFloat;
     ctx->saved_data["eps"] = eps;
+    if (bias) ctx->saved_data["bias_type"] = bias->scalar_type();
   }
 
   // Gradients of (input, weight, bias).
   static variable_list gradients(AutogradContext* ctx, const Tensor& grad_output, size_t parameter,
                                  bool training) {
     const variable_list saved = ctx->get_saved_variables();
-    const bool has_weight = ctx->saved_data["has_weight"].toBool();
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const optional<Tensor> weight = if_defined(saved[3]);
     auto [grad_input, grad_weight, grad_bias] =
-        batch_norm_backward(grad_output, saved[0], saved[1], saved[2], if_defined(saved[3]),
+        batch_norm_backward(grad_output, saved[0], saved[1], saved[2], weight,
                             ctx->saved_data["eps"].toDouble(), training);
     if (!ctx->needs_input_grad(0)) grad_input = Tensor();
-    if (!has_weight || !ctx->needs_input_grad(parameter)) grad_weight = Tensor();
-    if (!has_bias || !ctx->needs_input_grad(parameter + has_weight)) {
+    if (!weight || !ctx->needs_input_grad(parameter)) grad_weight = Tensor();
+    const auto bias_type = ctx->saved_data.find("bias_type");
+    if (bias_type == ctx->saved_data.end() ||
+        !ctx->needs_input_grad(parameter + weight.has_value())) {
       grad_bias = Tensor();
     } else {
-      grad_bias = grad_bias.to(ctx->saved_data["bias_type"].toScalarType());
+      grad_bias = of_type(grad_bias, bias_type->second.toScalarType());
     }
     return {grad_input, grad_weight, grad_bias};
   }
@@ -192,22 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_autograd(
   return {results[0], results[1], results[2]};
 }
 
-// One call from Python for four, which would cost more than a small batch norm.
-void update_running_statistics(const optional<Tensor>& running_mean,
-                               const optional<Tensor>& running_var, const Tensor& mean,
-                               const Tensor& var, const at::Scalar& momentum,
-                               const at::Scalar& var_momentum) {
-  const at::Scalar kept = 1 - momentum.toDouble();
-  if (running_mean) running_mean->mul_(kept).add_(mean, momentum);
-  if (running_var) running_var->mul_(kept).add_(var, var_momentum);
-}
-
 }  // namespace
-
-// Of torch's own operations, which know all that there is to know about autograd and tracing.
-TORCH_LIBRARY_IMPL(convext, CompositeImplicitAutograd, m) {
-  m.impl("update_running_statistics", &update_running_statistics);
-}
 
 TORCH_LIBRARY_IMPL(convext, Autograd, m) {
   m.impl("batch_norm_train", &batch_norm_train_autograd);

@@ -8,6 +8,7 @@
 #include "autograd/conv2d_saved.h"
 #include "autograd/differentiated.h"
 #include "autograd/ops.h"
+#include "of_type.h"
 #include "tensor_args.h"
 
 namespace convext {
@@ -89,7 +90,7 @@ struct SavedBlock {
     size_t next = 2;
     const auto keep = [&](const optional<Tensor>& parameter, const Tensor& gradient) {
       if (!parameter || !ctx->needs_input_grad(next++)) return Tensor();
-      return gradient.to(parameter->scalar_type());
+      return of_type(gradient, parameter->scalar_type());
     };
     result[2] = keep(bias, grad_bias);
     next += given;

@@ -75,6 +75,15 @@ inline std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad
   return op.call(grad_output, input, mean, var, weight, eps, training);
 }
 
+inline void update_running_statistics(const optional<Tensor>& running_mean,
+                                      const optional<Tensor>& running_var, const Tensor& mean,
+                                      const Tensor& var, const at::Scalar& momentum,
+                                      const at::Scalar& var_momentum) {
+  static const auto op =
+      find_op<decltype(update_running_statistics)>("convext::update_running_statistics");
+  op.call(running_mean, running_var, mean, var, momentum, var_momentum);
+}
+
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train(
     const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
     const optional<Tensor>& norm_weight, const optional<Tensor>& norm_bias, IntArrayRef stride,

@@ -39,8 +39,8 @@ BatchNormGradients batch_norm_gradients(const char* op, const BatchNormProblem& 
   const Tensor m = channel_values(mean, type), v = channel_values(var, type);
   const Tensor w = channel_values(weight, type), b = channel_values(bias, type);
   const BatchNormGradients grad{
-      at::empty(input.sizes(), input.options().memory_format(format)),
-      empty_channels(input, problem.channels), empty_channels(input, problem.channels),
+      empty_output(input.sizes(), input, format), empty_channels(input, problem.channels),
+      empty_channels(input, problem.channels),
       relu == Relu::none ? Tensor() : empty_channels(input, problem.channels)};
   BatchNormCall call = describe_batch_norm(problem, input, format);
   call.grad_output = g.const_data_ptr();
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input,
   const Tensor x = input.contiguous(format);
   const Tensor w = channel_values(weight, sum_type(input));
   const Tensor b = channel_values(bias, sum_type(input));
-  const Tensor output = at::empty(input.sizes(), input.options().memory_format(format));
+  const Tensor output = empty_output(input.sizes(), input, format);
   const Tensor mean = empty_channels(input, problem.channels);
   const Tensor var = empty_channels(input, problem.channels);
   BatchNormCall call = describe_batch_norm(problem, input, format);
@@ -93,7 +93,7 @@ Tensor batch_norm_eval(const Tensor& input, const Tensor& mean, const Tensor& va
   const Tensor x = input.contiguous(format);
   const Tensor m = channel_values(mean, type), v = channel_values(var, type);
   const Tensor w = channel_values(weight, type), b = channel_values(bias, type);
-  const Tensor output = at::empty(input.sizes(), input.options().memory_format(format));
+  const Tensor output = empty_output(input.sizes(), input, format);
   BatchNormCall call = describe_batch_norm(problem, input, format);
   call.input = x.const_data_ptr();
   call.weight = data_or_null(w);
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
       batch_norm_gradients("batch_norm_backward", problem, grad_output, input, mean, var, weight,
                            std::nullopt, eps, training, Relu::none);
   const at::ScalarType type = weight ? weight->scalar_type() : sum_type(input);
-  return {grad.input, grad.weight.to(type), grad.bias.to(type)};
+  return {grad.input, of_type(grad.weight, type), of_type(grad.bias, type)};
 }
 
 Tensor conv2d_backward_bias(const Tensor& grad_output) {
@@ -131,7 +131,7 @@ Tensor conv2d_backward_bias(const Tensor& grad_output) {
   call.grad_output = g.const_data_ptr();
   call.grad_bias = grad_bias.mutable_data_ptr();
   run_kernel("conv2d_backward_bias", call, channel_sum);
-  return grad_bias.to(grad_output.scalar_type());
+  return of_type(grad_bias, grad_output.scalar_type());
 }
 
 void register_ops(torch::Library& m) {

@@ -63,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_train(
   const Operands operands(input, weight, bias, norm_weight, norm_bias);
   ConvBlockCall call = operands.describe("conv_block_train", problem, eps, algorithm);
   const Tensor activation = operands.empty_output(problem.conv);
-  const Tensor output = at::empty_like(activation);
+  const Tensor output = operands.empty_output(problem.conv);
   const Tensor mean = empty_channels(input, problem.conv.out_channels);
-  const Tensor var = at::empty_like(mean);
+  const Tensor var = empty_channels(input, problem.conv.out_channels);
   if (output.numel() == 0) return {output, activation, mean.zero_(), var.zero_()};
   call.conv.output = activation.mutable_data_ptr();
   call.norm.input = call.conv.output;
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> conv_block_eval(const Tensor& input, const Tensor& we
   ConvBlockCall call = operands.describe("conv_block_eval", problem, eps, algorithm);
   const Tensor output = operands.empty_output(problem.conv);
   const Tensor activation =
-      keep_activation ? at::empty_like(output) : at::empty({0}, input.options());
+      keep_activation ? operands.empty_output(problem.conv) : at::empty({0}, input.options());
   if (output.numel() == 0) return {output, activation};
   call.conv.output = keep_activation ? activation.mutable_data_ptr() : nullptr;
   call.norm.input = call.conv.output;

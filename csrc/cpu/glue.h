@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "cpu/run_kernel.h"
+#include "of_type.h"
 
 namespace convext::cpu {
 
@@ -22,11 +23,11 @@ inline at::ScalarType sum_type(const at::Tensor& tensor) {
 }
 
 inline at::Tensor channel_values(const std::optional<at::Tensor>& values, at::ScalarType type) {
-  return values ? values->to(type).contiguous() : at::Tensor();
+  return values ? of_type(*values, type).contiguous() : at::Tensor();
 }
 
 inline at::Tensor empty_channels(const at::Tensor& like, int64_t channels) {
-  return at::empty({channels}, like.options().dtype(sum_type(like)));
+  return at::detail::empty_cpu({channels}, sum_type(like), /*pin_memory=*/false);
 }
 
 inline const void* data_or_null(const at::Tensor& tensor) {
