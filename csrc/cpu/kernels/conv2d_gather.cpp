@@ -246,49 +246,57 @@ const T* Gather<T>::fill(const VectorKernels<T>& isa, const Block& b, int64_t fi
   const bool padded = columns < slab_width_ || rows < height;
   if (padded && !(refill && refillable())) std::fill(slab, slab + b.images * stride_n_, T(0));
   const bool same_type = size_of(source_.dtype) == int64_t(sizeof(T));
-  // A matrix of the source's elements, the first of them at `offset`, to a part of the slab.
-  const auto copy = [&](int64_t offset, PhasedCopy<T> c) {
+  // Matrices of the source's elements, the first of them at `offset`, to a part of the slab.
+  const auto copy = [&](int64_t offset, const PhasedCopy<T>& c) {
     if (same_type) {
-      c.from = static_cast<const T*>(source_.data) + offset;
-      isa.phased_copy(c);
+      PhasedCopy<T> all = c;
+      all.from = static_cast<const T*>(source_.data) + offset;
+      isa.phased_copy(all);
       return;
     }
     constexpr int64_t kPiece = 256;
     T piece[kPiece];
     PhasedCopy<T> part = c;
     part.from = piece;
-    part.rows = 1;
-    for (int64_t r = 0; r < c.rows; ++r, ++part.first_row) {
-      for (int64_t x = 0; x < c.cols; x += kPiece) {
-        part.cols = std::min(kPiece, c.cols - x);
-        part.first_col = c.first_col + x;
-        isa.load(source_.dtype, source_.data, offset + r * c.ld_from + x, piece, part.cols);
-        isa.phased_copy(part);
+    part.rows = part.planes = 1;
+    for (int64_t plane = 0; plane < c.planes; ++plane) {
+      part.to = c.to + plane * c.to_plane;
+      for (int64_t r = 0; r < c.rows; ++r) {
+        part.first_row = c.first_row + r;
+        for (int64_t x = 0; x < c.cols; x += kPiece) {
+          part.cols = std::min(kPiece, c.cols - x);
+          part.first_col = c.first_col + x;
+          const int64_t from = offset + plane * c.from_plane + r * c.ld_from + x;
+          isa.load(source_.dtype, source_.data, from, piece, part.cols);
+          isa.phased_copy(part);
+        }
       }
     }
   };
+  const int64_t line = source_.width * (nchw ? 1 : source_.channels);
+  const int64_t plane = line * source_.height, image = nchw ? plane * source_.channels : plane;
+  const int64_t start = (top + first_row) * line + (left + first) * (nchw ? 1 : source_.channels) +
+                        first_channel * (nchw ? plane : 1);
+  if (nchw && channels_ == source_.channels) {  // all planes of the block's images are one sequence
+    copy(b.first_image * image + start, {nullptr, line, rows, columns, slab, row_, column_,
+                                         first_row, first, b.images * channels_, plane, stride_c_});
+    return slab;
+  }
+  const PhasedAxis pixel{1, 0, stride_w_}, row{1, 0, stride_h_}, element{1, 0, 1};
+  T* corner = slab + first_row * stride_h_ + first * stride_w_;  // nhwc's first row there
+  if (!nchw && channels_ == source_.channels && channels_ == stride_w_) {
+    copy(b.first_image * image + start, {nullptr, line, rows, columns * channels_, corner, row,
+                                         element, 0, 0, b.images, image, stride_n_});
+    return slab;
+  }
   for (int64_t n = 0; n < b.images; ++n) {
-    const int64_t image = b.first_image + n;
-    T* to = slab + n * stride_n_;
+    const int64_t offset = (b.first_image + n) * image + start;
     if (nchw) {
-      for (int64_t c = 0; c < channels_; ++c) {
-        const int64_t plane = (image * source_.channels + first_channel + c) * source_.height;
-        copy((plane + top + first_row) * source_.width + left + first,
-             {nullptr, source_.width, rows, columns, to + c * stride_c_, row_, column_, first_row,
-              first});
-      }
-      continue;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t line = (image * source_.height + top + first_row + r) * source_.width;
-      const int64_t offset = (line + left + first) * source_.channels + first_channel;
-      T* row = to + (first_row + r) * stride_h_ + first * stride_w_;
-      const PhasedAxis pixel{1, 0, stride_w_}, channel{1, 0, 1};
-      if (channels_ == source_.channels && channels_ == stride_w_) {
-        copy(offset, {nullptr, 0, 1, columns * channels_, row, pixel, channel, 0, 0});
-      } else {
-        copy(offset, {nullptr, source_.channels, columns, channels_, row, pixel, channel, 0, 0});
-      }
+      copy(offset, {nullptr, line, rows, columns, slab + n * stride_n_, row_, column_, first_row,
+                    first, channels_, plane, stride_c_});
+    } else {
+      copy(offset, {nullptr, source_.channels, columns, channels_, corner + n * stride_n_, pixel,
+                    element, 0, 0, rows, line, stride_h_});
     }
   }
   return slab;

@@ -202,8 +202,8 @@ struct PhasedAxis {
   }
 };
 
-// Copies a matrix into such a grid, from position (first_row, first_col) on. The grid's columns
-// have step 1.
+// Copies a matrix into such a grid, from position (first_row, first_col) on, or several into as
+// many grids. The grids' columns have step 1.
 template <class T>
 struct PhasedCopy {
   const T* from;
@@ -211,6 +211,7 @@ struct PhasedCopy {
   T* to;
   PhasedAxis row, col;
   int64_t first_row, first_col;
+  int64_t planes = 1, from_plane = 0, to_plane = 0;  // how many, and their distances
 };
 
 // A rectangle of pixels that all meet the same rectangle of a depthwise kernel's taps. Channels lie

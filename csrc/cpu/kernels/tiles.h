@@ -187,60 +187,83 @@ void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t row
   }
 }
 
-// A row of n elements. The loops over rows are short: this must be a few instructions.
+// Rows of n elements, `from_step` and `to_step` elements apart. They are short: what depends on n
+// is told before the loops.
 template <class T>
-CONVEXT_INLINE void copy_row(const T* from, T* to, int64_t n) {
+void copy_rows(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t n) {
   using V = Vec<T>;
-  const int64_t whole = n / V::lanes * V::lanes;
-  for (int64_t i = 0; i < whole; i += V::lanes) V::load(from + i).store(to + i);
-  if (whole < n)
-    V::load_first(from + whole, int(n - whole)).store_first(to + whole, int(n - whole));
-}
-
-// A row whose elements go to two phases in turn, the first of them to even[0].
-template <class T>
-CONVEXT_INLINE void split_row(const T* from, T* even, T* odd, int64_t n) {
-  using V = Vec<T>;
-  for (; n > 0; n -= 2 * V::lanes, from += 2 * V::lanes, even += V::lanes, odd += V::lanes) {
-    const int count = int(n < 2 * V::lanes ? n : 2 * V::lanes);
-    const int rest = count - V::lanes;
-    V low = V::load_first(from, rest < 0 ? count : V::lanes);
-    V high = rest > 0 ? V::load_first(from + V::lanes, rest) : V::zero();
-    deinterleave(low, high);
-    low.store_first(even, (count + 1) / 2);
-    high.store_first(odd, count / 2);
+  if (n < V::lanes) {
+    for (int64_t r = 0; r < rows; ++r, from += from_step, to += to_step) {
+      V::load_first(from, int(n)).store_first(to, int(n));
+    }
+    return;
+  }
+  const int64_t last = n - V::lanes;  // the last vector overlaps the one before
+  for (int64_t r = 0; r < rows; ++r, from += from_step, to += to_step) {
+    for (int64_t i = 0; i < last; i += V::lanes) V::load(from + i).store(to + i);
+    V::load(from + last).store(to + last);
   }
 }
 
-// Divisions would cost more than the copy of a short row; hence the counters.
+// Rows whose elements go to two phases in turn, the first of them to even[0].
+template <class T>
+void split_rows(const T* from, int64_t from_step, T* even, T* odd, int64_t to_step, int64_t rows,
+                int64_t n) {
+  using V = Vec<T>;
+  constexpr int64_t kPair = 2 * V::lanes;
+  const int64_t whole = (n - 1) / kPair * kPair;
+  const int rest = int(n - whole);  // 1 to kPair
+  const int low_count = rest < V::lanes ? rest : V::lanes, high_count = rest - low_count;
+  const int evens = (rest + 1) / 2, odds = rest / 2;
+  for (int64_t r = 0; r < rows; ++r, from += from_step, even += to_step, odd += to_step) {
+    for (int64_t i = 0; i < whole; i += kPair) {
+      V low = V::load(from + i), high = V::load(from + i + V::lanes);
+      deinterleave(low, high);
+      low.store(even + i / 2);
+      high.store(odd + i / 2);
+    }
+    V low = V::load_first(from + whole, low_count);
+    V high = high_count > 0 ? V::load_first(from + whole + V::lanes, high_count) : V::zero();
+    deinterleave(low, high);
+    low.store_first(even + whole / 2, evens);
+    high.store_first(odd + whole / 2, odds);
+  }
+}
+
+template <class T>
+void scatter_rows(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t n,
+                  const PhasedAxis& cols, int64_t first_phase) {
+  for (int64_t r = 0; r < rows; ++r, from += from_step, to += to_step) {
+    int64_t phase = first_phase, place = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      to[phase * cols.phase_step + place] = from[i];
+      if (++phase == cols.phases) phase = 0, ++place;
+    }
+  }
+}
+
+// One phase of the rows after the other, so that the loops over rows have constant steps.
 template <class T>
 void phased_copy(const PhasedCopy<T>& c) {
-  const T* from = c.from;
+  if (c.rows == 0 || c.cols == 0) return;
   const PhasedAxis rows = c.row, cols = c.col;
-  const int64_t count = c.cols, ld_from = c.ld_from;
-  int64_t row_phase = rows.phases == 1 ? 0 : c.first_row % rows.phases;
   const int64_t col_phase = cols.phases == 1 ? 0 : c.first_col % cols.phases;
-  const int64_t wrap = rows.step - (rows.phases - 1) * rows.phase_step;
-  T* to =
-      c.to + rows.offset(c.first_row) + (cols.offset(c.first_col) - col_phase * cols.phase_step);
-  for (int64_t r = 0; r < c.rows; ++r, from += ld_from) {
-    if (cols.phases == 1) {
-      copy_row(from, to, count);
-    } else if (cols.phases == 2) {
-      T* odd = col_phase ? to + 1 : to + cols.phase_step;
-      split_row(from, to + col_phase * cols.phase_step, odd, count);
-    } else {
-      int64_t phase = col_phase, place = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        to[phase * cols.phase_step + place] = from[i];
-        if (++phase == cols.phases) phase = 0, ++place;
+  const int64_t first_col = cols.offset(c.first_col) - col_phase * cols.phase_step;
+  const int64_t from_step = rows.phases * c.ld_from;
+  for (int64_t p = 0; p < c.planes; ++p) {
+    for (int64_t phase = 0; phase < rows.phases && phase < c.rows; ++phase) {
+      const T* from = c.from + p * c.from_plane + phase * c.ld_from;
+      T* to = c.to + p * c.to_plane + rows.offset(c.first_row + phase) + first_col;
+      const int64_t count = rows.phases == 1 ? c.rows : ceil_div(c.rows - phase, rows.phases);
+      if (cols.phases == 1) {
+        copy_rows(from, from_step, to, rows.step, count, c.cols);
+      } else if (cols.phases == 2) {
+        T* odd = col_phase ? to + 1 : to + cols.phase_step;
+        split_rows(from, from_step, to + col_phase * cols.phase_step, odd, rows.step, count,
+                   c.cols);
+      } else {
+        scatter_rows(from, from_step, to, rows.step, count, c.cols, cols, col_phase);
       }
-    }
-    if (++row_phase < rows.phases) {
-      to += rows.phase_step;
-    } else {
-      to += wrap;
-      row_phase = 0;
     }
   }
 }
