@@ -4,6 +4,7 @@
 // kernel row, kernel column (in chains of fused multiply-adds, see tap_chain), and has the same
 // bits on every ISA.
 #include "cpu/kernels/conv2d_driver.h"
+#include "cpu/kernels/conv2d_few_channels.h"
 #include "cpu/kernels/conv2d_planes.h"
 
 namespace convext::cpu {
@@ -16,13 +17,18 @@ template <class T>
 class DirectProduct {
  public:
   static constexpr Taps kTaps = Taps::needed;
+  static constexpr Slab kSlab = Slab::as_source;
 
   struct Scratch {
     Scratch(const Gather<T>&, int64_t, const VectorKernels<T>&, Arena&) {}
   };
 
-  DirectProduct(const Gather<T>& gather, int64_t, const VectorKernels<T>& isa)
+  DirectProduct(const Gather<T>& gather, int64_t, const VectorKernels<T>& isa, Arena&)
       : gather_(gather), isa_(isa) {}
+
+  static int64_t row_length(const Conv2dCall&, int64_t channels, int64_t lanes) {
+    return round_up(channels, lanes);
+  }
 
   static int64_t panel_vectors(const VectorKernels<T>& isa, int64_t) { return isa.most_vectors; }
 
@@ -79,6 +85,8 @@ void run(const Conv2dCall& call, Arena& arena) {
     compute_weights<T, DirectProduct>(call, arena);
   } else if (prefers_planes(call)) {
     compute_planes<T>(call, arena);
+  } else if (prefers_few_channels(call)) {
+    compute_few_channels<T>(call, arena);
   } else {
     compute_pixels<T, DirectProduct>(call, arena);
   }

@@ -216,9 +216,10 @@ class FilterPanels {
 // The pass whose results are pixels: forward, or backward_input as a gather from grad_output.
 //
 // Product<T>::Scratch(gather, ld, isa, arena)    per slot
-// Product<T>(gather, ld, isa)                    shared
-//   ::kTaps                                      the taps that multiply needs listed
-//   ::panel_vectors(isa, ld)                     of the panels that multiply reads
+// Product<T>(gather, channels, isa, arena)       shared
+//   ::kTaps, ::kSlab                             the taps and the slab that multiply needs
+//   ::row_length(call, channels, lanes)          of the rows that multiply writes
+//   ::panel_vectors(isa, channels)               of the panels that multiply reads
 //   .multiply(block, slab, panel, lanes, bias, rows, ld_rows, scratch)
 //                                                one panel's part of the rows
 template <class T, template <class> class Product>
@@ -228,14 +229,14 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   const Conv2dProblem& p = call.problem;
   const bool forward = call.pass == Conv2dPass::forward;
   const Gather<T> gather =
-      forward ? forward_gather<T>(call, Product<T>::kTaps, Cut::rows, Slab::as_source, arena)
-              : backward_gather<T>(call, Slab::as_source, arena);
+      forward ? forward_gather<T>(call, Product<T>::kTaps, Cut::rows, Product<T>::kSlab, arena)
+              : backward_gather<T>(call, Product<T>::kSlab, arena);
   const ImageTensor target = forward ? grad_output_tensor(call) : input_tensor(call);
   const int64_t channels = target.channels / p.groups;
-  const int64_t ld = round_up(channels, isa.lanes);
+  const int64_t ld = Product<T>::row_length(call, channels, isa.lanes);
   // Results that lie in the output as they do in rows are computed there.
   const bool in_place = lies_in_rows<T>(target, channels, ld) && !call.epilogue;
-  FilterPanels<T> filters(call, forward, Product<T>::panel_vectors(isa, ld), isa, arena);
+  FilterPanels<T> filters(call, forward, Product<T>::panel_vectors(isa, channels), isa, arena);
   // Where blocks are few, each is several items, some panels of it; each item fills a slab.
   const int64_t blocks = p.groups * gather.block_count();
   const int64_t ranges = call.epilogue ? 1
@@ -245,7 +246,7 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   const int64_t slots = slot_count(call, items);
 
   T* bias = arena.take<T>(call.bias ? p.groups * ld : 0);
-  const Product<T> product(gather, ld, isa);
+  const Product<T> product(gather, channels, isa, arena);
   BlockEpilogue<T> epilogue(call, channels, ld, gather.block_count(), isa, arena);
   using ProductScratch = typename Product<T>::Scratch;
   using EpilogueScratch = typename BlockEpilogue<T>::Scratch;
@@ -279,6 +280,9 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
     if (in_place) {
       ld_rows = target.channels;
       rows = static_cast<T*>(call.output) + first_pixel(target, block) * ld_rows + g * channels;
+    }
+    if (call.epilogue && item == first_item(slot, slots, items)) {  // for what multiply leaves idle
+      std::fill_n(rows, gather.most_pixels() * ld, T(0));
     }
     const int64_t first_panel = range * filters.panels() / ranges;
     const int64_t end_panel = (range + 1) * filters.panels() / ranges;
@@ -320,8 +324,10 @@ void compute_weights(const Conv2dCall& call, Arena& arena) {
   const ImageTensor grad_output = grad_output_tensor(call);
   const int64_t filters = p.group_out_channels();
   const int64_t ld = round_up(filters, isa.lanes);
-  // Long rows would share the sets of the first-level cache.
-  const bool in_place = lies_in_rows<T>(grad_output, filters, ld) && grad_output.channels <= 128;
+  // Long rows would share the sets of the first-level cache. Idle lanes may meet what comes next.
+  const bool in_place = lies_in_rows<T>(grad_output, ld, ld) && grad_output.channels <= 128;
+  const int64_t elements =
+      grad_output.batch * grad_output.channels * grad_output.height * grad_output.width;
   const int64_t taps = gather.tap_total();
   const int64_t blocks = gather.block_count();
   const int64_t affordable = kMostPartials / std::max<int64_t>(1, p.groups * taps * ld);
@@ -358,6 +364,9 @@ void compute_weights(const Conv2dCall& call, Arena& arena) {
         std::fill(partial + t * ld + first_lane, partial + t * ld + end_lane, T(0));
       }
     }
+    if (item == first_item(slot, slots, items)) {  // idle lanes, too, shall meet numbers
+      std::fill_n(scratch.rows, gather.most_pixels() * width, T(0));
+    }
     for (int64_t b = first_block; b < (split + 1) * blocks / splits; ++b) {
       const Block block = gather.block(b);
       const T* slab = gather.fill(isa, block, g * p.group_in_channels(), scratch.slab,
@@ -367,13 +376,14 @@ void compute_weights(const Conv2dCall& call, Arena& arena) {
         const int64_t channels = std::min(lanes, filters - lane);
         const T* rows = scratch.rows;
         int64_t ld_rows = lanes;
-        if (in_place) {
+        const int64_t place = first_pixel(grad_output, block) * grad_output.channels + g * filters;
+        const int64_t end = place + (gather.pixels(block) - 1) * grad_output.channels + ld;
+        if (in_place && end <= elements) {
           ld_rows = grad_output.channels;
-          rows = static_cast<const T*>(call.grad_output) +
-                 first_pixel(grad_output, block) * ld_rows + g * filters + lane;
+          rows = static_cast<const T*>(call.grad_output) + place + lane;
         } else {
           load_block(isa, grad_output, block, g * filters + lane, channels, scratch.rows, lanes,
-                     scratch.convert);
+                     scratch.convert, /*clear=*/false);
         }
         Product<T>::accumulate(gather, block, slab, rows, lanes, ld_rows, b > first_block,
                                partial + lane, ld, isa, product_scratch);

@@ -88,24 +88,28 @@ Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, Gat
                   Slab slab, Arena& arena)
     : source_(source), channels_(channels), y_(y), x_(x) {
   const bool by_phase = slab == Slab::by_phase;
-  if (by_phase) source_.layout = Layout::nchw;  // so do images of one pixel lie in any layout
+  // Images of one pixel, or of one channel, lie the same way in any layout.
+  transposed_ = by_phase && source.layout == Layout::nhwc && source.channels > 1 &&
+                (source.height > 1 || source.width > 1);
+  if (by_phase && !transposed_) source_.layout = Layout::nchw;
   const int64_t phases_y = by_phase ? y.source_step : 1, phases_x = by_phase ? x.source_step : 1;
   choose_blocks(cut);
-  in_place_ = cut == Cut::rows && size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() &&
-              x.inside() && (!by_phase || fits_whole_vectors());
+  in_place_ = cut == Cut::rows && !transposed_ && size_of(source.dtype) == int64_t(sizeof(T)) &&
+              y.inside() && x.inside() && (!by_phase || fits_whole_vectors());
   slab_height_ = y_.slab_size(block_rows_);
   slab_width_ = x_.slab_size(x_.target_size);
   const int64_t width = in_place_ ? source.width : round_up(slab_width_, phases_x);
   const int64_t height = in_place_ ? source.height : round_up(slab_height_, phases_y);
   // Pixels a power of two apart would share the sets of the first-level cache.
-  const bool spread = !in_place_ && source.layout == Layout::nhwc && channels % 64 == 0;
+  const bool rows = source_.layout == Layout::nhwc && !transposed_;
+  const bool spread = !in_place_ && rows && channels % 64 == 0;
   const int64_t depth = in_place_ ? source.channels : spread ? channels + 16 : channels;
   if (__builtin_mul_overflow(height, width, &stride_c_) ||
       __builtin_mul_overflow(stride_c_, depth, &stride_n_)) {
     arena.take<T>(-1);  // more than 64 bits can address
     stride_n_ = stride_c_ = 0;
   }
-  if (source_.layout == Layout::nchw) {
+  if (!rows) {
     stride_h_ = width / phases_x;
     stride_w_ = 1;
   } else {
@@ -284,14 +288,19 @@ const T* Gather<T>::fill(const VectorKernels<T>& isa, const Block& b, int64_t fi
   }
   const PhasedAxis pixel{1, 0, stride_w_}, row{1, 0, stride_h_}, element{1, 0, 1};
   T* corner = slab + first_row * stride_h_ + first * stride_w_;  // nhwc's first row there
-  if (!nchw && channels_ == source_.channels && channels_ == stride_w_) {
+  if (!nchw && !transposed_ && channels_ == source_.channels && channels_ == stride_w_) {
     copy(b.first_image * image + start, {nullptr, line, rows, columns * channels_, corner, row,
                                          element, 0, 0, b.images, image, stride_n_});
     return slab;
   }
   for (int64_t n = 0; n < b.images; ++n) {
     const int64_t offset = (b.first_image + n) * image + start;
-    if (nchw) {
+    if (transposed_) {
+      for (int64_t r = 0; r < rows; ++r) {
+        isa.transpose(static_cast<const T*>(source_.data) + offset + r * line, source_.channels,
+                      corner + n * stride_n_ + r * stride_h_, stride_c_, columns, channels_);
+      }
+    } else if (nchw) {
       copy(offset, {nullptr, line, rows, columns, slab + n * stride_n_, row_, column_, first_row,
                     first, channels_, plane, stride_c_});
     } else {

@@ -161,6 +161,7 @@ class Gather {
   int64_t channels_;
   GatherAxis y_, x_;
   bool in_place_;
+  bool transposed_;  // the slab holds planes, the source rows of channels
   int64_t block_images_, block_rows_, blocks_across_, blocks_down_;
   int64_t stride_n_, stride_c_, stride_h_, stride_w_;  // of the slab
   int64_t slab_height_, slab_width_;

@@ -40,6 +40,7 @@ template <class T>
 class Im2colProduct {
  public:
   static constexpr Taps kTaps = Taps::all;
+  static constexpr Slab kSlab = Slab::as_source;
 
   struct Scratch {
     Scratch(const Gather<T>& gather, int64_t ld, const VectorKernels<T>& isa, Arena& arena)
@@ -50,11 +51,16 @@ class Im2colProduct {
     GemmWorkspace<T> forward, backward;
   };
 
-  Im2colProduct(const Gather<T>& gather, int64_t, const VectorKernels<T>&) : gather_(gather) {}
+  Im2colProduct(const Gather<T>& gather, int64_t, const VectorKernels<T>&, Arena&)
+      : gather_(gather) {}
+
+  static int64_t row_length(const Conv2dCall&, int64_t channels, int64_t lanes) {
+    return round_up(channels, lanes);
+  }
 
   // All lanes in one, since the columns serve them all.
-  static int64_t panel_vectors(const VectorKernels<T>& isa, int64_t ld) {
-    return std::max<int64_t>(1, ld / isa.lanes);
+  static int64_t panel_vectors(const VectorKernels<T>& isa, int64_t channels) {
+    return std::max<int64_t>(1, ceil_div(channels, isa.lanes));
   }
 
   void multiply(const Block& block, const T* slab, const T* filters, int64_t lanes, const T* bias,

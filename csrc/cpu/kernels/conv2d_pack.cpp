@@ -17,7 +17,8 @@ void clear_columns(T* rows, int64_t count, int64_t ld, int64_t first) {
 
 template <class T>
 void load_block(const VectorKernels<T>& isa, const ImageTensor& tensor, const Block& block,
-                int64_t first_channel, int64_t channels, T* rows, int64_t ld, T* scratch) {
+                int64_t first_channel, int64_t channels, T* rows, int64_t ld, T* scratch,
+                bool clear) {
   const int64_t image_pixels = tensor.height * tensor.width;
   const int64_t pixels = block.rows * tensor.width;  // of one image in the block: contiguous
   for (int64_t i = 0; i < block.images; ++i, rows += pixels * ld) {
@@ -41,7 +42,7 @@ void load_block(const VectorKernels<T>& isa, const ImageTensor& tensor, const Bl
         isa.transpose(scratch, pixels, rows, ld, channels, pixels);
       }
     }
-    clear_columns(rows, pixels, ld, channels);
+    if (clear) clear_columns(rows, pixels, ld, channels);
   }
 }
 
@@ -127,7 +128,7 @@ void store_filters(const VectorKernels<T>& isa, const FilterBank& bank, const T*
 
 #define CONVEXT_INSTANTIATE(T)                                                                   \
   template void load_block(const VectorKernels<T>&, const ImageTensor&, const Block&, int64_t,   \
-                           int64_t, T*, int64_t, T*);                                            \
+                           int64_t, T*, int64_t, T*, bool);                                      \
   template void store_block(const VectorKernels<T>&, const ImageTensor&, const Block&, int64_t,  \
                             int64_t, const T*, int64_t, T*, void*);                              \
   template void load_filters_by_filter(const VectorKernels<T>&, const FilterBank&, const T*,     \

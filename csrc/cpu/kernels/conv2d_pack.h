@@ -24,7 +24,8 @@ struct ImageTensor {
 // is used for nchw tensors of 16-bit types only.
 template <class T>
 void load_block(const VectorKernels<T>& isa, const ImageTensor& tensor, const Block& block,
-                int64_t first_channel, int64_t channels, T* rows, int64_t ld, T* scratch);
+                int64_t first_channel, int64_t channels, T* rows, int64_t ld, T* scratch,
+                bool clear = true);
 
 // The inverse: writes rows[pixel][ld] to `data`, a tensor of the given description.
 template <class T>

@@ -106,31 +106,17 @@ CONVEXT_INLINE void deinterleave(Vec<double>& low, Vec<double>& high) {
   high.v = _mm256_permute4x64_pd(odd, 0xd8);
 }
 
-// The square matrix in 8 vectors, transposed: pairs of rows interleaved within 128-bit halves, then
-// fours, then the halves joined.
+#include "cpu/kernels/simd_x86.h"
+
 #define CONVEXT_TRANSPOSE_SQUARE
 CONVEXT_INLINE void transpose_square(Vec<float> (&x)[8]) {
-  __m256 pair[8], quad[8];
+  __m256 square[8];
   CONVEXT_UNROLL
-  for (int i = 0; i < 8; i += 2) {
-    pair[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
-    pair[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
-  }
+  for (int i = 0; i < 8; ++i) square[i] = x[i].v;
+  transpose_eight(square);
   CONVEXT_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
-    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
-  }
-  CONVEXT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    x[i].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
-    x[i + 4].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
-  }
+  for (int i = 0; i < 8; ++i) x[i].v = square[i];
 }
-
-#include "cpu/kernels/simd_x86.h"
 
 CONVEXT_INLINE float sum_lanes(Vec<float> a) {
   return sum_lanes(a.v);

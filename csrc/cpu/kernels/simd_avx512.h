@@ -135,6 +135,24 @@ CONVEXT_INLINE void transpose_square(Vec<float> (&x)[16]) {
 // Conversions are bound by memory, where 256-bit vectors do as well.
 #include "cpu/kernels/simd_x86.h"
 
+// Squares of eight, for matrices with eight rows or fewer: what is there of them, by masks.
+#define CONVEXT_TRANSPOSE_EIGHT
+inline void transpose_eight(const float* from, int64_t ld_from, float* to, int64_t ld_to, int rows,
+                            int cols) {
+  const __mmask16 row_mask = __mmask16((1u << rows) - 1), col_mask = __mmask16((1u << cols) - 1);
+  __m256 x[8];
+  CONVEXT_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = i < rows ? _mm512_castps512_ps256(_mm512_maskz_loadu_ps(col_mask, from + i * ld_from))
+                    : _mm256_setzero_ps();
+  }
+  transpose_eight(x);
+  CONVEXT_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (i < cols) _mm512_mask_storeu_ps(to + i * ld_to, row_mask, _mm512_castps256_ps512(x[i]));
+  }
+}
+
 // By masks, see relu.
 CONVEXT_INLINE double sum_lanes(Vec<double> a) {
   return sum_lanes(

@@ -1,4 +1,4 @@
-// What both x86 vector files share: half-precision conversions in 256-bit vectors.
+// What both x86 vector files share, in 256-bit vectors.
 // Included by simd_avx2.h and simd_avx512.h, inside their namespace.
 #pragma once
 
@@ -11,6 +11,29 @@ CONVEXT_INLINE float sum_lanes(__m256 x) {
 CONVEXT_INLINE double sum_lanes(__m256d x) {
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+// The square matrix in 8 vectors, transposed: pairs of rows interleaved within 128-bit halves, then
+// fours, then the halves joined.
+CONVEXT_INLINE void transpose_eight(__m256 (&x)[8]) {
+  __m256 pair[8], quad[8];
+  CONVEXT_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  CONVEXT_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  CONVEXT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+  }
 }
 
 // Converts as many leading elements as vectors cover and returns how many; the rest is the

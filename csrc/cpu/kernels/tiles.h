@@ -178,6 +178,17 @@ inline void transpose_block(const float* from, int64_t ld_from, float* to, int64
 template <class T>
 void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t cols) {
   constexpr int64_t kBlock = Vec<T>::lanes;
+#if defined(CONVEXT_TRANSPOSE_EIGHT)
+  if constexpr (std::is_same_v<T, float>) {
+    if (rows <= 8) {
+      for (int64_t c = 0; c < cols; c += 8) {
+        transpose_eight(from + c, ld_from, to + c * ld_to, ld_to, int(rows),
+                        int(cols - c < 8 ? cols - c : 8));
+      }
+      return;
+    }
+  }
+#endif
   for (int64_t r = 0; r < rows; r += kBlock) {
     const int block_rows = int(rows - r < kBlock ? rows - r : kBlock);
     for (int64_t c = 0; c < cols; c += kBlock) {
