@@ -35,14 +35,16 @@ class DirectProduct {
   void multiply(const Block& block, const T* slab, const T* panel, int64_t lanes, const T* bias,
                 T* rows, int64_t ld_rows, const Scratch&) const {
     const int vectors = int(lanes / isa_.lanes);
+    const bool in_order = gather_.meets_every_tap();
     for (int64_t residue = 0; residue < gather_.classes(); ++residue) {
       const int64_t pixels = gather_.pixel_count(block, residue);
       const int64_t taps = gather_.tap_count(residue), chain = tap_chain(taps);
       for_sum_parts(taps, chain, lanes * sizeof(T), [&](int64_t first_tap, int64_t tap_count) {
         for_tiles(pixels, isa_.gather_rows[vectors - 1], [&](int64_t first, int count) {
           isa_.gather({slab, gather_.pixel_sources(residue) + first,
-                       gather_.taps(residue) + first_tap, tap_count, chain, panel,
-                       gather_.tap_weights(residue) + first_tap, lanes,
+                       gather_.taps(residue) + first_tap, tap_count, chain,
+                       in_order ? panel + first_tap * lanes : panel,
+                       in_order ? nullptr : gather_.tap_weights(residue) + first_tap, lanes,
                        first_tap == 0 ? bias : nullptr, nullptr, rows,
                        gather_.pixel_targets(residue) + first, ld_rows, count, vectors,
                        /*accumulate=*/first_tap > 0});
@@ -67,7 +69,7 @@ class DirectProduct {
     for_sum_parts(pixels, chain, row_bytes, [&](int64_t first_pixel, int64_t count) {
       for_tiles(gather.tap_count(0), isa.gather_rows[vectors - 1], [&](int64_t first, int taps) {
         isa.gather({slab, gather.taps(0) + first, gather.pixel_sources(0) + first_pixel, count,
-                    chain, rows, gather.pixel_targets(0) + first_pixel, ld_rows, nullptr, nullptr,
+                    chain, rows + first_pixel * ld_rows, nullptr, ld_rows, nullptr, nullptr,
                     partial, gather.tap_weights(0) + first, ld, taps, vectors,
                     add || first_pixel > 0});
       });

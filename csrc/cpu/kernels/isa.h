@@ -55,7 +55,7 @@ struct GatherTile {
   int64_t tap_count;
   int64_t chain;  // of the whole sum
   const T* panel;
-  const int64_t* panel_rows;
+  const int64_t* panel_rows;  // or null for 0, 1, 2, ..., which is faster
   int64_t ld_panel;
   const T* init;      // [vectors * lanes], or null
   const T* row_init;  // [row_count], or null; zeros where both are

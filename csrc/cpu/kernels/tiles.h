@@ -14,7 +14,8 @@ CONVEXT_INLINE void prefetch_to_write(const void* line) {
 // ---------------------------------------------------------------------------------------------------
 // Gathered matrix product (see GatherTile)
 
-template <class T, int kVectors, int kRows>
+// In order where the panel's rows are: a list fewer leaves a register more for addresses of rows.
+template <class T, int kVectors, int kRows, bool kInOrder>
 void gather_rows(const GatherTile<T>& t) {
   using V = Vec<T>;
   constexpr int kLanes = V::lanes;
@@ -24,6 +25,7 @@ void gather_rows(const GatherTile<T>& t) {
   const T* init = t.init;
   const T* row_init = t.row_init;
   bool accumulate = t.accumulate;
+  const T* next = t.panel;
   int64_t i = 0;
   do {
     V sum[kRows][kVectors];
@@ -36,7 +38,8 @@ void gather_rows(const GatherTile<T>& t) {
     const int64_t end = t.tap_count - i < t.chain ? t.tap_count : i + t.chain;
     for (; i < end; ++i) {
       const int64_t tap = t.taps[i];
-      const T* panel = t.panel + t.panel_rows[i] * t.ld_panel;
+      const T* panel = kInOrder ? next : t.panel + t.panel_rows[i] * t.ld_panel;
+      next += t.ld_panel;
       V weight[kVectors];
       CONVEXT_UNROLL
       for (int v = 0; v < kVectors; ++v) weight[v] = V::load(panel + v * kLanes);
@@ -62,13 +65,13 @@ void gather_rows(const GatherTile<T>& t) {
 }
 
 // Calls the instance for this number of rows, 1 to kMost.
-template <class T, int kVectors, int kMost = kGatherRows[kVectors - 1]>
+template <class T, int kVectors, bool kInOrder, int kMost = kGatherRows[kVectors - 1]>
 void gather_dispatch(const GatherTile<T>& t) {
   if constexpr (kMost == 1) {
-    gather_rows<T, kVectors, 1>(t);
+    gather_rows<T, kVectors, 1, kInOrder>(t);
   } else {
-    if (t.row_count == kMost) return gather_rows<T, kVectors, kMost>(t);
-    gather_dispatch<T, kVectors, kMost - 1>(t);
+    if (t.row_count == kMost) return gather_rows<T, kVectors, kMost, kInOrder>(t);
+    gather_dispatch<T, kVectors, kInOrder, kMost - 1>(t);
   }
 }
 
@@ -77,7 +80,7 @@ void gather(const GatherTile<T>& t) {
   if constexpr (kVectors > 1) {
     if (t.vectors < kVectors) return gather<T, kVectors - 1>(t);
   }
-  gather_dispatch<T, kVectors>(t);
+  t.panel_rows ? gather_dispatch<T, kVectors, false>(t) : gather_dispatch<T, kVectors, true>(t);
 }
 
 // ---------------------------------------------------------------------------------------------------
