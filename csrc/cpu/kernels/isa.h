@@ -115,6 +115,8 @@ struct WinogradTiles {
   // Columns, which are channels. Planes, but not pixels, have room for whole vectors of them.
   int64_t count, cols;
   int row;  // the one row of a filter's planes to compute, and `to` begins with it, or -1 for all
+  bool accumulate;      // adds to what `to` holds; of filter_grad only
+  int64_t first_pixel;  // columns of the pixels before those that are read or written
 };
 
 // Sums down the columns of a matrix, whose rows lie `ld` elements apart. They are added to what sum

@@ -153,17 +153,25 @@ void transpose_block(const T* from, int64_t ld_from, T* to, int64_t ld_to, int r
 }
 
 #if defined(CONVEXT_TRANSPOSE_SQUARE)
-// Through registers, a square at a time.
+// Through registers, a square at a time. Further squares are asked for along the rows on either
+// side: the rows of one are often some elements of many channels, too short for the hardware to
+// foresee.
 inline void transpose_block(const float* from, int64_t ld_from, float* to, int64_t ld_to, int rows,
                             int cols) {
   using V = Vec<float>;
   V square[V::lanes];
   if (rows == V::lanes && cols == V::lanes) {
     CONVEXT_UNROLL
-    for (int i = 0; i < V::lanes; ++i) square[i] = V::load(from + i * ld_from);
+    for (int i = 0; i < V::lanes; ++i) {
+      prefetch(from + i * ld_from + 3 * V::lanes);
+      square[i] = V::load(from + i * ld_from);
+    }
     transpose_square(square);
     CONVEXT_UNROLL
-    for (int i = 0; i < V::lanes; ++i) square[i].store(to + i * ld_to);
+    for (int i = 0; i < V::lanes; ++i) {
+      square[i].store(to + i * ld_to);
+      prefetch_to_write(to + i * ld_to + 2 * V::lanes);
+    }
     return;
   }
   CONVEXT_UNROLL

@@ -154,16 +154,29 @@ struct Winograd<4> {
 };
 
 // One vector of columns, from column c on; `last` counts the lanes used where kPartial. Of the
-// results, only those of one row where kRow is not negative.
+// results, only those of one row where kRow is not negative. The strides are held in locals, which
+// stores through T* cannot change.
 template <class T, class Map, bool kFromImage, bool kToImage, bool kPartial, int kRow>
 CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64_t c, int last) {
   using V = Vec<T>;
   constexpr int kIn = Map::in, kOut = Map::out;
+  constexpr bool kAccumulates = !kFromImage && !kToImage && kOut == 3;  // filter_grad
+  const int64_t from_stride = t.from.plane_stride, to_stride = t.to.plane_stride;
+  // Of the tile after the next, whose pixels are asked for now: few channels are too short a run of
+  // memory for the hardware to foresee.
+  const int64_t ahead = tile + 2 < t.count ? tile + 2 : t.count - 1;
   const T* const* from_pixels = kFromImage ? t.from.pixels + tile * kIn * kIn : nullptr;
+  const T* const* from_ahead = kFromImage ? t.from.pixels + ahead * kIn * kIn : nullptr;
   T* const* to_pixels = kToImage ? t.to.pixels + tile * kOut * kOut : nullptr;
+  T* const* to_ahead = kToImage ? t.to.pixels + ahead * kOut * kOut : nullptr;
+  const int64_t pixel = c + t.first_pixel;
   const T* from = kFromImage ? nullptr : t.from.planes + tile * t.from.tile_stride + c;
   T* to = kToImage ? nullptr : t.to.planes + tile * t.to.tile_stride + c;
   const V bias = kToImage && t.bias ? V::load(t.bias + c) : V::zero();
+  // The compiler would keep a tile's pointers, which are more than there are registers, on the
+  // stack from one c to the next, at more instructions than they cost here.
+  if constexpr (kFromImage) asm("" : "+r"(from_pixels), "+r"(from_ahead));
+  if constexpr (kToImage) asm("" : "+r"(to_pixels), "+r"(to_ahead));
   V half[kOut][kIn];
   CONVEXT_UNROLL
   for (int x = 0; x < kIn; ++x) {
@@ -172,10 +185,12 @@ CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64
     for (int y = 0; y < kIn; ++y) {
       const int i = y * kIn + x;
       if constexpr (kFromImage) {
-        const T* p = from_pixels[i] + c;
+        const T* p = from_pixels[i] + pixel;
+        // Of overlapping tiles, the first two rows and columns are the neighbours' too.
+        if (kIn < kOut || (x >= 2 && y >= 2)) prefetch(from_ahead[i] + pixel);
         column[y] = kPartial ? V::load_first(p, last) : V::load(p);
       } else {
-        column[y] = V::load(from + i * t.from.plane_stride);
+        column[y] = V::load(from + i * from_stride);
       }
     }
     Map::apply(column, mapped);
@@ -191,7 +206,8 @@ CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64
     for (int x = 0; x < kOut; ++x) {
       const int i = y * kOut + x;
       if constexpr (kToImage) {
-        T* p = to_pixels[i] + c;
+        T* p = to_pixels[i] + pixel;
+        prefetch_to_write(to_ahead[i] + pixel);
         const V result = add(mapped[x], bias);
         if constexpr (kPartial) {
           T lanes[V::lanes];
@@ -201,7 +217,9 @@ CONVEXT_INLINE void winograd_tile(const WinogradTiles<T>& t, int64_t tile, int64
           result.store(p);
         }
       } else {
-        mapped[x].store(to + (kRow >= 0 ? x : i) * t.to.plane_stride);
+        T* p = to + (kRow >= 0 ? x : i) * to_stride;
+        if (kAccumulates && t.accumulate) mapped[x] = add(V::load(p), mapped[x]);
+        mapped[x].store(p);
       }
     }
   }
