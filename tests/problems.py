@@ -86,6 +86,7 @@ EDGES = [
         ]
     ),
     P("3x3, a row of many tiles", 1, 3, 6, 131, 5, (3, 3), (1, 1), (1, 0)),
+    P("3x3, parts of a row and of channels", 1, 35, 6, 121, 67, (3, 3), (1, 1), (0, 1)),
     P("3x3, splits of many tiles", 2, 2, 61, 83, 3, (3, 3), (1, 1), (1, 2)),
     P("3x3, splits of many images", 33, 92, 5, 6, 91, (3, 3), (1, 1), (1, 1)),
     P("3x3, filters beyond a cache", 1, 250, 5, 6, 266, (3, 3), (1, 1), (2, 1)),

@@ -95,13 +95,14 @@ void compute_images(const Conv2dCall& call, int size, Arena& arena) {
           const T* weights = filters.planes(g, lane, terms, row, s.filters);
           for (int64_t i = 0; i < n; ++i) {
             const T* tile = from.plane(row * n + i, first);
+            const T* next = from.plane((row * n + i + 1) % (n * n), first);
             T* products = to.plane(row * n + i, 0);
             for_panels(lanes, isa.lanes, [&](int64_t at, int vectors) {
               const int64_t width = vectors * isa.lanes;
               const T* panel =
                   weights + i * filters.plane_stride + filters.panel(at, width, first, terms);
               isa.multiply({tile, from.ld, 1, panel, width, terms, products + at, to.ld, tiles,
-                            vectors, first > 0});
+                            vectors, first > 0, at == 0 ? next : tile});
             });
           }
         }
@@ -182,11 +183,13 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
           for (int64_t plane = 0; plane < planes; ++plane) {
             const T* x = input.plane(plane, channel);
             const T* y = grad.plane(plane, lane);
+            const int64_t after = (plane + 1) % planes;
+            const T *next_x = input.plane(after, channel), *next_y = grad.plane(after, lane);
             for_panels(lanes, isa.lanes, [&](int64_t at, int vectors) {
               for_tiles(tiles, kChain, [&](int64_t first, int terms) {
                 isa.multiply({x + first * input.ld, 1, input.ld, y + first * grad.ld + at, grad.ld,
                               terms, s.sums + plane * sum_stride + at, range, rows, vectors,
-                              first > 0 || (!many && b > begin)});
+                              first > 0 || (!many && b > begin), at == 0 ? next_x : next_y});
               });
             });
           }

@@ -85,6 +85,9 @@ struct Multiply {
   int64_t rows;
   int vectors;  // of lanes: 1 or 2
   bool accumulate;
+  // What the next product reads: asked for from further away than the second-level cache, a line at
+  // each step.
+  const T* ahead;
 };
 
 // What is done to tiles in a Winograd convolution F(size x size, 3x3), X being a tile of some

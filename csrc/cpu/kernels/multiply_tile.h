@@ -3,7 +3,7 @@
 
 // Of the two strides of a one is 1, and known to the compiler: kAlong, that of k.
 template <class T, int kVectors, int kRows, bool kAlong>
-CONVEXT_INLINE void multiply_rows(const Multiply<T>& m, const T* a, T* out) {
+CONVEXT_INLINE void multiply_rows(const Multiply<T>& m, const T* a, T* out, const T* ahead) {
   using V = Vec<T>;
   constexpr int kLanes = V::lanes;
   // Three rows share a pointer: the addressing modes of x86 reach them by an index.
@@ -20,7 +20,8 @@ CONVEXT_INLINE void multiply_rows(const Multiply<T>& m, const T* a, T* out) {
     CONVEXT_UNROLL
     for (int v = 0; v < kVectors; ++v) sum[r][v] = V::zero();
   }
-  for (int64_t k = 0; k < m.k; ++k, b += m.ld_b) {
+  for (int64_t k = 0; k < m.k; ++k, b += m.ld_b, ahead += 64 / sizeof(T)) {
+    __builtin_prefetch(ahead, 0, 2);
     V column[kVectors];
     CONVEXT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -48,21 +49,23 @@ CONVEXT_INLINE void multiply_rows(const Multiply<T>& m, const T* a, T* out) {
 
 // The rows left over, fewer than kRows.
 template <class T, int kVectors, int kRows, bool kAlong>
-void multiply_rest(const Multiply<T>& m, int rows, const T* a, T* out) {
+void multiply_rest(const Multiply<T>& m, int rows, const T* a, T* out, const T* ahead) {
   if constexpr (kRows > 1) {
-    if (rows == kRows - 1) return multiply_rows<T, kVectors, kRows - 1, kAlong>(m, a, out);
-    multiply_rest<T, kVectors, kRows - 1, kAlong>(m, rows, a, out);
+    if (rows == kRows - 1) return multiply_rows<T, kVectors, kRows - 1, kAlong>(m, a, out, ahead);
+    multiply_rest<T, kVectors, kRows - 1, kAlong>(m, rows, a, out, ahead);
   }
 }
 
 template <class T, int kVectors, int kRows, bool kAlong>
 void multiply_all(const Multiply<T>& m) {
+  const T* ahead = m.ahead;
   int64_t r = 0;
-  for (; r + kRows <= m.rows; r += kRows) {
-    multiply_rows<T, kVectors, kRows, kAlong>(m, m.a + r * m.a_row_stride, m.out + r * m.ld_out);
+  for (; r + kRows <= m.rows; r += kRows, ahead += m.k * (64 / sizeof(T))) {
+    multiply_rows<T, kVectors, kRows, kAlong>(m, m.a + r * m.a_row_stride, m.out + r * m.ld_out,
+                                              ahead);
   }
   multiply_rest<T, kVectors, kRows, kAlong>(m, int(m.rows - r), m.a + r * m.a_row_stride,
-                                            m.out + r * m.ld_out);
+                                            m.out + r * m.ld_out, ahead);
 }
 
 template <class T>

@@ -123,9 +123,12 @@ class WinogradFilters {
       if (nchw) {
         isa_.transpose(from + first * taps, filter, matrix, range, lanes, terms * taps);
       } else {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          isa_.transpose(from + tap * channels + first, filter, matrix + tap * range, taps * range,
-                         lanes, terms);
+        for (int64_t i = 0; i < lanes; i += 16) {  // filters lie pages apart
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            isa_.transpose(from + i * filter + tap * channels + first, filter,
+                           matrix + tap * range + i, taps * range, std::min<int64_t>(16, lanes - i),
+                           terms);
+          }
         }
       }
     } else {
@@ -134,8 +137,13 @@ class WinogradFilters {
         if (nchw) {
           isa_.transpose(from + lane * taps, taps, matrix, range, lanes, taps);
         } else {
-          for (int64_t tap = 0; tap < taps; ++tap)
-            std::copy_n(from + tap * channels + lane, lanes, matrix + tap * range);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            const T* row = from + tap * channels + lane;
+            // Short runs, far apart: asked for a filter ahead.
+            for (int64_t l = 0; l < lanes; l += 64 / sizeof(T))
+              __builtin_prefetch(row + filter + l);
+            std::copy_n(row, lanes, matrix + tap * range);
+          }
         }
       }
     }
