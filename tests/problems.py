@@ -117,7 +117,8 @@ EDGES = [
 ]
 
 # Depthwise: around tiles of 6, 8 and 16 pixels, pieces of 1 and 2 vectors, ranges of 32 channels,
-# blocks of rows of 512 KB, chains of 16 taps, and at every kind of edge.
+# blocks of rows of 512 KB, chains of 16 taps, and at every kind of edge; in planes of rows of 10
+# pixels or more, around slabs of 16 KB, tiles of 4 rows and chains of 256 columns.
 DEPTHWISE = [
     *(
         P(f"depthwise, {w} wide, {c} channels", 2, c, 5, w, c, (3, 3), (1, 1), (1, 1), (1, 1), c)
@@ -140,6 +141,12 @@ DEPTHWISE = [
     P("depthwise, rows split", 2, 33, 61, 40, 33, (3, 3), (1, 1), (1, 1), (1, 1), 33),
     P("depthwise, rows split, strided", 1, 34, 76, 46, 34, (3, 3), (2, 2), (1, 1), (1, 1), 34),
     P("depthwise, many images", 35, 4, 5, 6, 4, (3, 3), (1, 1), (1, 1), (1, 1), 4),
+    P("depthwise, slabs of many planes", 2, 37, 14, 17, 37, (3, 3), (1, 1), (1, 1), (1, 1), 37),
+    P("depthwise, many planes, strided", 3, 37, 19, 28, 37, (3, 3), (2, 2), (1, 1), (1, 1), 37),
+    P("depthwise, wide, strides 2 and 3", 2, 3, 9, 40, 3, (3, 3), (2, 3), (1, 2), (1, 1), 3),
+    P("depthwise, wide, multiplier 2", 2, 5, 7, 21, 10, (3, 3), (1, 2), (1, 1), (1, 1), 5),
+    P("depthwise, wide, dilated", 1, 5, 12, 29, 5, (2, 3), (1, 1), (2, 3), (3, 2), 5),
+    P("depthwise, chains of columns", 1, 2, 4, 280, 2, (3, 3), (1, 1), (1, 1), (1, 1), 2),
     P("depthwise, batch of none", 0, 5, 6, 5, 5, (3, 2), (1, 1), (1, 1), (1, 1), 5),
 ]
 

@@ -1,13 +1,14 @@
 // Depthwise convolution: a filter sees one channel. Nothing is summed over channels, so vector
 // lanes run across them, and a pass moves more memory than it computes. Tensors whose channels lie
-// side by side (nhwc) are read and written where they are, each element once; others (nchw, 16-bit
-// types) go block by block through that form. Padding is neither copied nor read: pixels are cut
-// into rectangles that meet the same taps.
+// side by side (nhwc) are read and written where they are, each element once; others (16-bit types,
+// nchw where conv2d_depthwise_planes.cpp does not do better) go block by block through that form.
+// Padding is neither copied nor read: pixels are cut into rectangles that meet the same taps.
 //
 // With several filters per channel, an image tensor of the filters counts as that many tensors
 // ("planes") of one filter per channel.
 #include <algorithm>
 
+#include "cpu/kernels/conv2d_depthwise_planes.h"
 #include "cpu/kernels/conv2d_driver.h"
 #include "cpu/kernels/depthwise_axis.h"
 
@@ -431,6 +432,7 @@ void run(const Conv2dCall& call, Arena& arena) {
 }  // namespace
 
 void conv2d_depthwise(const Conv2dCall& call, Arena& arena) {
+  if (depthwise_prefers_planes(call)) return conv2d_depthwise_planes(call, arena);
   call.dtype == DType::float64 ? run<double>(call, arena) : run<float>(call, arena);
 }
 

@@ -243,6 +243,50 @@ struct DepthwiseTile {
   bool accumulate;
 };
 
+// Planes of pixels of a depthwise convolution, or some rows of each. In a plane pixel (r, c) and
+// the tap of row i and column k meet at source[r * source_row + c + i * tap_row + tap_columns[k]].
+//
+//   depthwise_planes          pixel[p] = init + sum over taps t of source[p + t] * weight[t]
+//   depthwise_plane_weights   sum over pixels p of source[p + t] * pixel[p] for every tap t
+//
+// The first sums in the order tap row, tap column, in one chain; with `accumulate` it is added to
+// what pixel held. Sources may be read up to two vectors past a row's last pixel. The second has
+// pixels of column c in lane c % kPlaneLanes of lane_sums[t][kPlaneLanes]; a lane sums up
+// kPlaneWeightRows rows at a time column by column, in one chain, of whose length the caller takes
+// care. With `accumulate` lane_sums is added to, otherwise set. Where `totals` is not null the
+// lanes are added up instead, into totals[t].
+constexpr int64_t kPlaneLanes = 16;
+constexpr int64_t kPlaneWeightRows = 4;
+template <class T>
+struct DepthwisePlanes {
+  int64_t planes;
+  const T* source;
+  int64_t source_plane, source_row, tap_row;
+  const int64_t* tap_columns;
+  int64_t tap_row_count, tap_column_count;
+  T* pixel;
+  int64_t pixel_plane, pixel_row, rows, columns;
+  bool accumulate;
+  // depthwise_planes
+  const T* weight;
+  int64_t weight_plane, weight_row, weight_column;
+  const T* init;  // [plane], or null for zeros
+  // depthwise_plane_weights, each with its planes next to each other
+  T* lane_sums;
+  T* totals;
+};
+
+// Copies planes; every other column goes to the same place as the one before it, but `odd` > 0
+// elements further, unless that is 0. Up to a vector of zeros may be written past the end of a row.
+template <class T>
+struct PlanesCopy {
+  int64_t planes, rows, columns;
+  const T* from;
+  int64_t from_plane, from_row;
+  T* to;
+  int64_t to_plane, to_row, odd;
+};
+
 // The same maps of spans of columns that share their parameters, each at least kSpanLanes long.
 template <class T>
 struct SpanMap {
@@ -292,6 +336,13 @@ struct VectorKernels {
   // Computes nothing of use: `steps` rounds of fused multiply-adds in registers. Leaves a vector of
   // results in sums, and returns the number of floating-point operations.
   int64_t (*fma_loop)(int64_t steps, T* sums);
+
+  void (*depthwise_planes)(const DepthwisePlanes<T>&);
+  void (*depthwise_plane_weights)(const DepthwisePlanes<T>&);
+  void (*copy_planes)(const PlanesCopy<T>&);
+  // to[r][c] = (c % 2 ? odd : even)[r][c / 2]. May read a vector past the end of a row.
+  void (*interleave_rows)(const T* even, const T* odd, int64_t ld_from, T* to, int64_t ld_to,
+                          int64_t rows, int64_t cols);
 };
 
 struct IsaKernels {

@@ -106,6 +106,18 @@ CONVEXT_INLINE void deinterleave(Vec<double>& low, Vec<double>& high) {
   high.v = _mm256_permute4x64_pd(odd, 0xd8);
 }
 
+// The inverse.
+CONVEXT_INLINE void interleave(Vec<float>& even, Vec<float>& odd) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+  even.v = _mm256_permute2f128_ps(low, high, 0x20);
+  odd.v = _mm256_permute2f128_ps(low, high, 0x31);
+}
+CONVEXT_INLINE void interleave(Vec<double>& even, Vec<double>& odd) {
+  const __m256d low = _mm256_unpacklo_pd(even.v, odd.v), high = _mm256_unpackhi_pd(even.v, odd.v);
+  even.v = _mm256_permute2f128_pd(low, high, 0x20);
+  odd.v = _mm256_permute2f128_pd(low, high, 0x31);
+}
+
 #include "cpu/kernels/simd_x86.h"
 
 #define CONVEXT_TRANSPOSE_SQUARE
@@ -131,3 +143,4 @@ constexpr int kGatherRows[4] = {12, 6};
 constexpr int kMultiplyRows[2] = {12, 6};
 constexpr int kGemmRows = 6, kGemmVectors = 2;
 constexpr int kDepthwisePixels = 8, kDepthwiseVectors = 1;
+constexpr int kPlaneRows = 4, kPlaneVectors = 2, kPlaneTapRows = 1;

@@ -102,6 +102,22 @@ CONVEXT_INLINE void deinterleave(Vec<double>& low, Vec<double>& high) {
   high.v = _mm512_permutex2var_pd(a, odd, b);
 }
 
+// The inverse.
+CONVEXT_INLINE void interleave(Vec<float>& even, Vec<float>& odd) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512 a = even.v, b = odd.v;
+  even.v = _mm512_permutex2var_ps(a, first, b);
+  odd.v = _mm512_permutex2var_ps(a, second, b);
+}
+CONVEXT_INLINE void interleave(Vec<double>& even, Vec<double>& odd) {
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i second = _mm512_add_epi64(first, _mm512_set1_epi64(4));
+  const __m512d a = even.v, b = odd.v;
+  even.v = _mm512_permutex2var_pd(a, first, b);
+  odd.v = _mm512_permutex2var_pd(a, second, b);
+}
+
 // The square matrix in 16 vectors, transposed: pairs of rows interleaved, then fours, then the
 // 128-bit quarters exchanged twice.
 #define CONVEXT_TRANSPOSE_SQUARE
@@ -171,3 +187,4 @@ constexpr int kGatherRows[4] = {12, 12, 8, 6};
 constexpr int kMultiplyRows[2] = {24, 14};
 constexpr int kGemmRows = 14, kGemmVectors = 2;
 constexpr int kDepthwisePixels = 6, kDepthwiseVectors = 2;
+constexpr int kPlaneRows = 4, kPlaneVectors = 1, kPlaneTapRows = 3;

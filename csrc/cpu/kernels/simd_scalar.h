@@ -87,6 +87,17 @@ inline void deinterleave(Vec<T>& low, Vec<T>& high) {
   }
 }
 
+// The inverse.
+template <class T>
+inline void interleave(Vec<T>& even, Vec<T>& odd) {
+  const Vec<T> a = even, b = odd;
+  constexpr int kHalf = Vec<T>::lanes / 2;
+  for (int i = 0; i < kHalf; ++i) {
+    even.v[2 * i] = a.v[i], even.v[2 * i + 1] = b.v[i];
+    odd.v[2 * i] = a.v[kHalf + i], odd.v[2 * i + 1] = b.v[kHalf + i];
+  }
+}
+
 // Converts as many leading elements as vectors cover; the rest is the caller's.
 inline int64_t load_vectors(DType, const uint16_t*, float*, int64_t) {
   return 0;
@@ -101,3 +112,4 @@ constexpr int kGatherRows[4] = {4, 2};
 constexpr int kMultiplyRows[2] = {4, 2};
 constexpr int kGemmRows = 4, kGemmVectors = 1;
 constexpr int kDepthwisePixels = 4, kDepthwiseVectors = 1;
+constexpr int kPlaneRows = 2, kPlaneVectors = 1, kPlaneTapRows = 1;

@@ -323,6 +323,7 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 }
 
 #include "cpu/kernels/column_tiles.h"
+#include "cpu/kernels/depthwise_plane_tiles.h"
 #include "cpu/kernels/depthwise_tiles.h"
 #include "cpu/kernels/multiply_tile.h"
 #include "cpu/kernels/peak_tile.h"
@@ -351,5 +352,9 @@ constexpr VectorKernels<T> vector_kernels() {
           store,
           depthwise_pixels<T>,
           depthwise_weights<T>,
-          fma_loop<T>};
+          fma_loop<T>,
+          depthwise_planes<T>,
+          depthwise_plane_weights<T>,
+          copy_planes<T>,
+          interleave_rows<T>};
 }
