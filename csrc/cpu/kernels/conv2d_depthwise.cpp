@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t kBlockBytes = 512 << 10;  // of sources and targets in a block of rows
 constexpr int64_t kCopiedChannels = 32;     // of a block that is copied
 constexpr int64_t kSummedChannels = 256;    // of one that is summed up in place
-constexpr int64_t kTileColumns = 12;        // so few that sources are read as streams
 
 // Rows of one image and a range of channels, in place or in scratch: element (plane, row, column,
 // channel) lies at data + plane * plane_step + row * row_step + column * column_step + channel,
@@ -327,22 +326,14 @@ void Depthwise<T>::compute_pixels(Arena& arena) {
         std::swap(tile.source_row, tile.source_column);
         std::swap(tile.pixel_row, tile.pixel_column);
       }
-      const DepthwiseTile<T> all = tile;
-      tile.rows = 1;
-      for (int64_t row = 0; row < all.rows; ++row) {
-        for_tiles(all.columns, kTileColumns, [&](int64_t first, int columns) {
-          tile.columns = columns;
-          const T* source_at = all.source + row * all.source_row + first * all.source_column;
-          T* pixel_at = all.pixel + row * all.pixel_row + first * all.pixel_column;
-          for (int64_t plane = 0; plane < planes_; ++plane) {
-            tile.source = source_at + (backward_ ? plane * source.plane_step : 0);
-            tile.pixel = pixel_at + (backward_ ? 0 : plane * target.plane_step);
-            tile.weight = weights + plane * taps * weight_ld_ + offset + channel;
-            tile.init = call_.bias ? bias + plane * p_.in_channels + channel : nullptr;
-            tile.accumulate = backward_ && plane > 0;
-            isa_.depthwise_pixels(tile);
-          }
-        });
+      const DepthwiseTile<T> first = tile;
+      for (int64_t plane = 0; plane < planes_; ++plane) {
+        tile.source = first.source + (backward_ ? plane * source.plane_step : 0);
+        tile.pixel = first.pixel + (backward_ ? 0 : plane * target.plane_step);
+        tile.weight = weights + plane * taps * weight_ld_ + offset + channel;
+        tile.init = call_.bias ? bias + plane * p_.in_channels + channel : nullptr;
+        tile.accumulate = backward_ && plane > 0;
+        isa_.depthwise_pixels(tile);
       }
     });
     if (call_.epilogue || copies_ || (!backward_ && planes_ > 1)) {

@@ -99,49 +99,54 @@ struct DepthwiseWindow {
   };
 };
 
-// kPixels neighbours at a time, `groups` of them in every row; Row adds a row of taps.
+// What some channels of a row of pixels are computed from.
+template <class T>
+struct DepthwisePlace {
+  const T *source, *weight;
+  T* pixel;
+  const T* init;
+};
+
+// kPixels neighbours at a time, `groups` of them; Row adds a row of taps.
 template <class T, template <class, int, int, bool> class Row, int kPixels, int kVectors,
           bool kPart>
-void depthwise_columns(const DepthwiseTile<T>& tile, DepthwiseVectors<T, kVectors, kPart> vectors,
-                       int64_t groups) {
+CONVEXT_INLINE void depthwise_columns(const DepthwiseTile<T>& t,
+                                      DepthwiseVectors<T, kVectors, kPart> vectors,
+                                      DepthwisePlace<T> at, int64_t groups) {
   using V = Vec<T>;
-  const DepthwiseTile<T> t = tile;  // a copy, which no store can change
-  for (int64_t row = 0; row < t.rows; ++row) {
-    const T* first_source = t.source + row * t.source_row;
-    T* pixel = t.pixel + row * t.pixel_row;
-    for (int64_t group = 0; group < groups; ++group) {
-      const T* source = first_source;
-      const T* weights = t.weight;
-      const T* init = t.init;
-      bool accumulate = t.accumulate;
-      int64_t tap_row = 0;
-      do {
-        V sum[kPixels][kVectors];
+  const int64_t source_column = t.source_column, pixel_column = t.pixel_column;
+  for (int64_t group = 0; group < groups; ++group) {
+    const T* source = at.source;
+    const T* weights = at.weight;
+    const T* init = at.init;
+    bool accumulate = t.accumulate;
+    int64_t tap_row = 0;
+    do {
+      V sum[kPixels][kVectors];
+      CONVEXT_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const V start = init ? vectors.load(init, v) : V::zero();
+        CONVEXT_UNROLL
+        for (int p = 0; p < kPixels; ++p) sum[p][v] = start;
+      }
+      const int64_t rest = t.tap_rows - tap_row;
+      const int64_t end = rest < t.chain_rows ? t.tap_rows : tap_row + t.chain_rows;
+      for (; tap_row < end; ++tap_row, source += t.tap_row, weights += t.weight_row) {
+        Row<T, kPixels, kVectors, kPart>::add_taps(t, vectors, source, weights, sum);
+      }
+      CONVEXT_UNROLL
+      for (int p = 0; p < kPixels; ++p) {
+        T* out = at.pixel + p * pixel_column;
         CONVEXT_UNROLL
         for (int v = 0; v < kVectors; ++v) {
-          const V start = init ? vectors.load(init, v) : V::zero();
-          CONVEXT_UNROLL
-          for (int p = 0; p < kPixels; ++p) sum[p][v] = start;
+          vectors.store(accumulate ? add(vectors.load(out, v), sum[p][v]) : sum[p][v], out, v);
         }
-        const int64_t rest = t.tap_rows - tap_row;
-        const int64_t end = rest < t.chain_rows ? t.tap_rows : tap_row + t.chain_rows;
-        for (; tap_row < end; ++tap_row, source += t.tap_row, weights += t.weight_row) {
-          Row<T, kPixels, kVectors, kPart>::add_taps(t, vectors, source, weights, sum);
-        }
-        CONVEXT_UNROLL
-        for (int p = 0; p < kPixels; ++p) {
-          T* out = pixel + p * t.pixel_column;
-          CONVEXT_UNROLL
-          for (int v = 0; v < kVectors; ++v) {
-            vectors.store(accumulate ? add(vectors.load(out, v), sum[p][v]) : sum[p][v], out, v);
-          }
-        }
-        init = nullptr;
-        accumulate = true;
-      } while (tap_row < t.tap_rows);
-      first_source += kPixels * t.source_column;
-      pixel += kPixels * t.pixel_column;
-    }
+      }
+      init = nullptr;
+      accumulate = true;
+    } while (tap_row < t.tap_rows);
+    at.source += kPixels * source_column;
+    at.pixel += kPixels * pixel_column;
   }
 }
 
@@ -149,31 +154,61 @@ void depthwise_columns(const DepthwiseTile<T>& tile, DepthwiseVectors<T, kVector
 template <class T, template <class, int, int, bool> class Row, int kMost, int kVectors, bool kPart>
 CONVEXT_INLINE void depthwise_dispatch(const DepthwiseTile<T>& t, int64_t pixels,
                                        DepthwiseVectors<T, kVectors, kPart> vectors,
-                                       int64_t groups) {
+                                       DepthwisePlace<T> at, int64_t groups) {
   if constexpr (kMost > 1) {
     if (pixels < kMost) {
-      return depthwise_dispatch<T, Row, kMost - 1>(t, pixels, vectors, groups);
+      return depthwise_dispatch<T, Row, kMost - 1>(t, pixels, vectors, at, groups);
     }
   }
-  depthwise_columns<T, Row, kMost>(t, vectors, groups);
+  depthwise_columns<T, Row, kMost>(t, vectors, at, groups);
+}
+
+// Asks for what the next row will be the first to read, and where it will be written.
+template <class T>
+CONVEXT_INLINE void prefetch_next_row(const DepthwiseTile<T>& t, const T* source, T* pixel,
+                                      int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const auto each_line = [&](int64_t step, const auto& body) {
+    // Pixels next to each other are one piece.
+    const bool together = step == t.channels;
+    const int64_t pieces = together ? 1 : columns, length = together ? columns * step : t.channels;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      for (int64_t i = 0; i < length; i += kLine) body(piece * step + i);
+    }
+  };
+  source += t.source_row + (t.tap_row > 0 ? (t.tap_rows - 1) * t.tap_row : 0);
+  each_line(t.source_column, [&](int64_t i) { prefetch(source + i); });
+  if (t.source_row == 2 * t.tap_row) {
+    each_line(t.source_column, [&](int64_t i) { prefetch(source - t.tap_row + i); });
+  }
+  pixel += t.pixel_row;
+  each_line(t.pixel_column, [&](int64_t i) { prefetch_to_write(pixel + i); });
 }
 
 template <class T, template <class, int, int, bool> class Row>
 void depthwise_rectangle(const DepthwiseTile<T>& tile) {
-  const int64_t pixels = ceil_div(tile.columns, ceil_div(tile.columns, int64_t(kDepthwisePixels)));
-  const int64_t groups = tile.columns / pixels, rest = tile.columns % pixels;
-  for_channel_vectors<T, kDepthwiseVectors>(tile.channels, [&](auto vectors, int64_t channel) {
-    DepthwiseTile<T> t = tile;
-    t.source += channel;
-    t.weight += channel;
-    t.pixel += channel;
-    if (t.init) t.init += channel;
-    depthwise_dispatch<T, Row, kDepthwisePixels>(t, pixels, vectors, groups);
-    if (rest == 0) return;
-    t.source += groups * pixels * t.source_column;
-    t.pixel += groups * pixels * t.pixel_column;
-    depthwise_dispatch<T, Row, kDepthwisePixels>(t, rest, vectors, 1);
-  });
+  constexpr int64_t kTile = 2 * kDepthwisePixels;  // so few that sources are read as streams
+  const DepthwiseTile<T> t = tile;                 // a copy, which no store can change
+  const int64_t tiles = ceil_div(t.columns, kTile), most = ceil_div(t.columns, tiles);
+  for (int64_t row = 0; row < t.rows; ++row) {
+    for (int64_t first = 0; first < t.columns; first += most) {
+      const int64_t columns = t.columns - first < most ? t.columns - first : most;
+      const int64_t pixels = ceil_div(columns, ceil_div(columns, int64_t(kDepthwisePixels)));
+      const int64_t groups = columns / pixels, rest = columns % pixels;
+      const T* source = t.source + row * t.source_row + first * t.source_column;
+      T* pixel = t.pixel + row * t.pixel_row + first * t.pixel_column;
+      prefetch_next_row(t, source, pixel, columns);
+      for_channel_vectors<T, kDepthwiseVectors>(t.channels, [&](auto vectors, int64_t channel) {
+        DepthwisePlace<T> at{source + channel, t.weight + channel, pixel + channel,
+                             t.init ? t.init + channel : nullptr};
+        depthwise_dispatch<T, Row, kDepthwisePixels>(t, pixels, vectors, at, groups);
+        if (rest == 0) return;
+        at.source += groups * pixels * t.source_column;
+        at.pixel += groups * pixels * t.pixel_column;
+        depthwise_dispatch<T, Row, kDepthwisePixels>(t, rest, vectors, at, 1);
+      });
+    }
+  }
 }
 
 template <class T>
