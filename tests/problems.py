@@ -114,6 +114,15 @@ EDGES = [
     P("filters in two ranges per group", 1, 4, 5, 6, 140, (3, 2), (1, 1), (0, 1), (1, 1), 2),
     P("pointwise, wide", 2, 65, 7, 9, 33, (1, 1)),
     P("pointwise strided, wide", 2, 33, 9, 14, 65, (1, 1), (2, 3)),
+    P("panels across images", 5, 35, 13, 17, 37, (1, 1)),
+    P("panels of rows", 1, 36, 41, 30, 33, (3, 3), (1, 1), (1, 0)),
+    P("panels of rows, strided", 1, 35, 62, 59, 40, (3, 3), (2, 2), (1, 1)),
+    P("panels of strides 1 and 2", 1, 37, 30, 61, 33, (2, 3), (1, 2), (0, 2)),
+    P("panels, pointwise", 3, 66, 27, 20, 40, (1, 1)),
+    P("panels, pointwise, strided", 2, 40, 35, 28, 49, (1, 1), (2, 2)),
+    P("panels of two groups", 1, 66, 31, 29, 96, (3, 1), (1, 1), (1, 0), (1, 1), 2),
+    P("panels of 300 channels", 1, 20, 28, 30, 300, (1, 2)),
+    P("panels of 4104 taps", 1, 456, 28, 29, 17, (3, 3), (1, 1), (1, 1)),
 ]
 
 # Depthwise: around tiles of 6, 8 and 16 pixels, pieces of 1 and 2 vectors, ranges of 32 channels,

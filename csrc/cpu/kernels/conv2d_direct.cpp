@@ -1,10 +1,11 @@
-// Direct convolution: products are summed where the operands lie, with no matrix laid out. Vector
-// lanes run across output channels (input channels in backward_input), or across pixels (see
-// conv2d_planes.h), never across a sum, so every result adds its products in the order channel,
-// kernel row, kernel column (in chains of fused multiply-adds, see tap_chain), and has the same
-// bits on every ISA.
+// Direct convolution: products are summed with no matrix laid out, or no more of it than a tile of
+// results needs at a time. Vector lanes run across output channels (input channels in
+// backward_input), or across pixels (see conv2d_planes.h and conv2d_panels.h), never across a sum,
+// so every result adds its products in the order channel, kernel row, kernel column (in chains of
+// fused multiply-adds, see tap_chain), and has the same bits on every ISA.
 #include "cpu/kernels/conv2d_driver.h"
 #include "cpu/kernels/conv2d_few_channels.h"
+#include "cpu/kernels/conv2d_panels.h"
 #include "cpu/kernels/conv2d_planes.h"
 
 namespace convext::cpu {
@@ -85,6 +86,8 @@ template <class T>
 void run(const Conv2dCall& call, Arena& arena) {
   if (call.pass == Conv2dPass::backward_weight) {
     compute_weights<T, DirectProduct>(call, arena);
+  } else if (prefers_panels(call)) {
+    compute_panels<T>(call, arena);
   } else if (prefers_planes(call)) {
     compute_planes<T>(call, arena);
   } else if (prefers_few_channels(call)) {

@@ -55,7 +55,7 @@ Gather<T> forward_gather(const Conv2dCall& call, Taps taps, Cut cut, Slab slab, 
 
 // Gathers output pixels for input pixels.
 template <class T>
-Gather<T> backward_gather(const Conv2dCall& call, Slab slab, Arena& arena) {
+Gather<T> backward_gather(const Conv2dCall& call, Cut cut, Slab slab, Arena& arena) {
   const Conv2dProblem& p = call.problem;
   Gather<T> gather = arena.kept([&] {
     return Gather<T>(grad_output_tensor(call), p.group_out_channels(),
@@ -63,7 +63,7 @@ Gather<T> backward_gather(const Conv2dCall& call, Slab slab, Arena& arena) {
                                           p.stride_height, p.padding_height, p.dilation_height),
                      GatherAxis::backward(p.in_width, p.out_width(), p.kernel_width, p.stride_width,
                                           p.padding_width, p.dilation_width),
-                     Cut::rows, slab, arena);
+                     cut, slab, arena);
   });
   gather.read_from(call.grad_output);
   return gather;
@@ -230,7 +230,7 @@ void compute_pixels(const Conv2dCall& call, Arena& arena) {
   const bool forward = call.pass == Conv2dPass::forward;
   const Gather<T> gather =
       forward ? forward_gather<T>(call, Product<T>::kTaps, Cut::rows, Product<T>::kSlab, arena)
-              : backward_gather<T>(call, Product<T>::kSlab, arena);
+              : backward_gather<T>(call, Cut::rows, Product<T>::kSlab, arena);
   const ImageTensor target = forward ? grad_output_tensor(call) : input_tensor(call);
   const int64_t channels = target.channels / p.groups;
   const int64_t ld = Product<T>::row_length(call, channels, isa.lanes);

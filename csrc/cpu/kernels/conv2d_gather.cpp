@@ -10,7 +10,7 @@ namespace {
 // Both are constants, so that the cut, and with it every bit of a result, depends on the shape
 // alone.
 constexpr int64_t kSlabBytes = 768 << 10;
-constexpr int64_t kBlockPixels = 256;
+constexpr int64_t kBlockPixels = 256, kLargeBlockPixels = 512;
 
 int64_t floor_mod(int64_t a, int64_t b) {
   return (a % b + b) % b;
@@ -94,8 +94,9 @@ Gather<T>::Gather(const ImageTensor& source, int64_t channels, GatherAxis y, Gat
   if (by_phase && !transposed_) source_.layout = Layout::nchw;
   const int64_t phases_y = by_phase ? y.source_step : 1, phases_x = by_phase ? x.source_step : 1;
   choose_blocks(cut);
-  in_place_ = cut == Cut::rows && !transposed_ && size_of(source.dtype) == int64_t(sizeof(T)) &&
-              y.inside() && x.inside() && (!by_phase || fits_whole_vectors());
+  in_place_ = cut != Cut::whole_images && !transposed_ &&
+              size_of(source.dtype) == int64_t(sizeof(T)) && y.inside() && x.inside() &&
+              (!by_phase || fits_whole_vectors());
   slab_height_ = y_.slab_size(block_rows_);
   slab_width_ = x_.slab_size(x_.target_size);
   const int64_t width = in_place_ ? source.width : round_up(slab_width_, phases_x);
@@ -140,18 +141,22 @@ void Gather<T>::choose_blocks(Cut cut) {
   const auto slab_bytes = [&](int64_t rows) {
     return double(y_.slab_size(rows)) * double(x_.slab_size(width)) * double(channels_) * sizeof(T);
   };
+  const int64_t pixels = cut == Cut::large ? kLargeBlockPixels : kBlockPixels;
   block_images_ = 1;
   block_rows_ = height;
-  if (cut == Cut::rows) {
+  if (cut != Cut::whole_images) {
     const int64_t unit = y_.classes;  // keeps every block's rows in step with the residue classes
-    const int64_t enough = round_up(std::max<int64_t>(1, kBlockPixels / width), unit);
+    const int64_t enough = round_up(std::max<int64_t>(1, pixels / width), unit);
     block_rows_ = std::min(height, enough);
     while (block_rows_ > unit && slab_bytes(block_rows_) > kSlabBytes) {
       block_rows_ = round_up(block_rows_ / 2, unit);
     }
+    if (cut == Cut::large && block_rows_ > 0) {
+      block_rows_ = std::min(height, round_up(chain_length(height, block_rows_), unit));
+    }
   }
   if (block_rows_ >= height && height > 0) {
-    const int64_t by_pixels = kBlockPixels / (height * width);
+    const int64_t by_pixels = pixels / (height * width);
     const double by_bytes = kSlabBytes / std::max(1.0, slab_bytes(height));
     block_images_ = std::min<int64_t>(by_pixels, int64_t(std::min(by_bytes, 1e9)));
     block_images_ = std::clamp<int64_t>(block_images_, 1, std::max<int64_t>(1, source_.batch));

@@ -79,8 +79,9 @@ struct Block {
 };
 
 // How the targets are cut into blocks, which bounds the workspace. Whole images make scatters of
-// different blocks disjoint.
-enum class Cut { rows, whole_images };
+// different blocks disjoint; large blocks, of more rows or images, repeat less at their borders and
+// leave fewer lanes idle at their ends where lanes are pixels.
+enum class Cut { rows, large, whole_images };
 
 template <class T>
 class Gather {

@@ -96,15 +96,14 @@ void load_filters_by_channel(const VectorKernels<T>& isa, const FilterBank& bank
                              int64_t first, int64_t count, T* matrix, int64_t ld) {
   const int64_t rows = bank.filters * bank.taps;
   const int64_t there = std::min(count, bank.channels - first);
-  if (bank.layout == Layout::nchw) {
+  if (bank.layout == Layout::nchw && bank.taps > 1) {
     for (int64_t filter = 0; filter < bank.filters; ++filter) {
       isa.transpose(filters + (filter * bank.channels + first) * bank.taps, bank.taps,
                     matrix + filter * bank.taps * ld, ld, there, bank.taps);
     }
   } else {
-    for (int64_t row = 0; row < rows; ++row) {
-      std::copy_n(filters + row * bank.channels + first, there, matrix + row * ld);
-    }
+    isa.phased_copy(
+        {filters + first, bank.channels, rows, there, matrix, {1, 0, ld}, {1, 0, 1}, 0, 0});
   }
   clear_columns(matrix, rows, ld, there);
 }

@@ -190,7 +190,7 @@ template <class T>
 Gather<T> gather_of(const Conv2dCall& call, Arena& arena) {
   return call.pass == Conv2dPass::forward
              ? forward_gather<T>(call, Taps::needed, Cut::rows, Slab::by_phase, arena)
-             : backward_gather<T>(call, Slab::by_phase, arena);
+             : backward_gather<T>(call, Cut::rows, Slab::by_phase, arena);
 }
 
 }  // namespace

@@ -299,6 +299,39 @@ struct SpanMap {
   T* out;
 };
 
+// A block of the product of two matrices that were laid out for it, row k after row k:
+//
+//   out[r * ld_out + lane] =
+//       init[r] + sum over k of left[k * ld_left + r] * right[k * vectors * lanes + lane]
+//
+// Chains, init and `accumulate` as in GatherTile.
+template <class T>
+struct PanelTile {
+  const T* left;
+  int64_t ld_left;
+  const T* right;
+  int64_t k, chain;
+  const T* init;  // or null for zeros
+  T* out;
+  int64_t ld_out;
+  int rows;     // 1 to panel_rows
+  int vectors;  // 1 to panel_vectors
+  bool accumulate;
+};
+
+// Lays out a piece of such a right matrix: `length` elements, at most panel_vectors vectors of
+// them, from `from + taps[k]` to row k, for every k. With `whole` there is room for whole vectors.
+template <class T>
+struct PanelCopy {
+  const T* from;
+  const int64_t* taps;
+  int64_t k;
+  T* to;
+  int64_t ld_to;
+  int length;
+  bool whole;
+};
+
 // Kernels for one accumulation type, float or double.
 template <class T>
 struct VectorKernels {
@@ -343,6 +376,10 @@ struct VectorKernels {
   // to[r][c] = (c % 2 ? odd : even)[r][c / 2]. May read a vector past the end of a row.
   void (*interleave_rows)(const T* even, const T* odd, int64_t ld_from, T* to, int64_t ld_to,
                           int64_t rows, int64_t cols);
+
+  int panel_rows, panel_vectors;
+  void (*panel_tile)(const PanelTile<T>&);
+  void (*panel_copy)(const PanelCopy<T>&);
 };
 
 struct IsaKernels {

@@ -142,5 +142,6 @@ constexpr int kMostVectors = 2;
 constexpr int kGatherRows[4] = {12, 6};
 constexpr int kMultiplyRows[2] = {12, 6};
 constexpr int kGemmRows = 6, kGemmVectors = 2;
+constexpr int kPanelRows = 4, kPanelVectors = 3;
 constexpr int kDepthwisePixels = 8, kDepthwiseVectors = 1;
 constexpr int kPlaneRows = 4, kPlaneVectors = 2, kPlaneTapRows = 1;

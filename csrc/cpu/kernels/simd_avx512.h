@@ -186,5 +186,6 @@ constexpr int kMostVectors = 4;
 constexpr int kGatherRows[4] = {12, 12, 8, 6};
 constexpr int kMultiplyRows[2] = {24, 14};
 constexpr int kGemmRows = 14, kGemmVectors = 2;
+constexpr int kPanelRows = 8, kPanelVectors = 3;
 constexpr int kDepthwisePixels = 6, kDepthwiseVectors = 2;
 constexpr int kPlaneRows = 4, kPlaneVectors = 1, kPlaneTapRows = 3;

@@ -326,6 +326,7 @@ inline void store(const double* from, DType, void* to, int64_t offset, int64_t n
 #include "cpu/kernels/depthwise_plane_tiles.h"
 #include "cpu/kernels/depthwise_tiles.h"
 #include "cpu/kernels/multiply_tile.h"
+#include "cpu/kernels/panel_tile.h"
 #include "cpu/kernels/peak_tile.h"
 #include "cpu/kernels/span_tiles.h"
 #include "cpu/kernels/winograd_tiles.h"
@@ -356,5 +357,9 @@ constexpr VectorKernels<T> vector_kernels() {
           depthwise_planes<T>,
           depthwise_plane_weights<T>,
           copy_planes<T>,
-          interleave_rows<T>};
+          interleave_rows<T>,
+          kPanelRows,
+          kPanelVectors,
+          panel_tile<T>,
+          panel_copy<T>};
 }
