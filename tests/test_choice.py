@@ -68,10 +68,11 @@ def in_thread(function):
     ids=str,
 )
 @pytest.mark.parametrize("form", ["contiguous", "channels_last"])
-def test_each_row_decides(p, conv_pass, permission, names, form):
-    run(p, conv_pass, "auto" + permission, layout=form)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_decides(p, conv_pass, permission, names, form, dtype):
+    run(p, conv_pass, "auto" + permission, dtype, form)
     expected = next((name for name in names if name in convext.algorithms()), "direct")
-    if expected == "im2col" and form == "contiguous":
+    if expected == "im2col" and (form == "contiguous" or dtype == torch.float32):
         expected = "direct"  # whose lanes may be pixels there
     assert last(conv_pass) == (expected, dict(ROWS)[expected])
 

@@ -23,10 +23,11 @@ bool is_depthwise(const Conv2dProblem& p, Conv2dPass, DType, Layout) {
   return p.groups > 1 && p.group_in_channels() == 1;
 }
 
-// In nchw direct's lanes may be pixels instead.
-bool has_idle_lanes(const Conv2dProblem& p, Conv2dPass pass, DType, Layout layout) {
+// Otherwise direct's lanes may be pixels instead.
+bool has_idle_lanes(const Conv2dProblem& p, Conv2dPass pass, DType dtype, Layout layout) {
   return pass == Conv2dPass::backward_input && layout == Layout::nhwc &&
-         p.group_in_channels() <= 3 && p.group_out_channels() >= 8;
+         (dtype == DType::bfloat16 || dtype == DType::float16) && p.group_in_channels() <= 3 &&
+         p.group_out_channels() >= 8;
 }
 
 constexpr Conv2dChoiceRow kRows[] = {
@@ -39,8 +40,8 @@ constexpr Conv2dChoiceRow kRows[] = {
     {"depthwise", is_depthwise,
      "one input channel a group: no sum over channels, so that lanes run over groups or pixels"},
     {"im2col", has_idle_lanes,
-     "gradient of one to three input channels in channels_last: direct's lanes, which are input "
-     "channels, would mostly idle; a matrix's run over all weights of a filter"},
+     "gradient of one to three input channels of 16 bits in channels_last: direct's lanes, which are "
+     "input channels, would mostly idle; a matrix's run over all weights of a filter"},
     {"direct", anything, "nothing above fits: sums products where the operands lie, no matrix"},
 };
 
