@@ -40,7 +40,8 @@ constexpr Conv2dChoiceRow kRows[] = {
     {"depthwise", is_depthwise,
      "one input channel a group: no sum over channels, so that lanes run over groups or pixels"},
     {"im2col", has_idle_lanes,
-     "gradient of one to three input channels of 16 bits in channels_last: direct's lanes, which are "
+     "gradient of one to three input channels of 16 bits in channels_last: direct's lanes, which "
+     "are "
      "input channels, would mostly idle; a matrix's run over all weights of a filter"},
     {"direct", anything, "nothing above fits: sums products where the operands lie, no matrix"},
 };

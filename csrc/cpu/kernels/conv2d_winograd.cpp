@@ -33,6 +33,12 @@ constexpr int64_t kRun = 28, kLongRun = 128, kLongGradRun = 128;
 // Sums of products in all planes above which they are not kept over blocks.
 constexpr int64_t kManyProducts = 300000;
 
+// Into how many parts each of `items` is to be cut so that every thread finds one, at most `most`.
+int64_t cuts_for_threads(const Conv2dCall& call, int64_t items, int64_t most) {
+  return std::clamp<int64_t>(ceil_div(call.threads, std::max<int64_t>(1, items)), 1,
+                             std::max<int64_t>(1, most));
+}
+
 // The passes whose results are pixels.
 template <class T>
 void compute_images(const Conv2dCall& call, int size, Arena& arena) {
@@ -49,8 +55,6 @@ void compute_images(const Conv2dCall& call, int size, Arena& arena) {
   WinogradFilters<T> filters(call, size, chain, arena);
   const int64_t ld = filters.ld;
   const Tiling tiling(target, size, filters.many ? kLongRun : kRun);
-  const int64_t items = p.groups * tiling.blocks;
-  const int64_t slots = slot_count(call, items);
   T* bias = arena.take<T>(call.bias ? p.groups * ld : 0);
   BlockEpilogue<T> epilogue(call, channels, ld, tiling.blocks, isa, arena);
   struct Scratch {
@@ -65,7 +69,13 @@ void compute_images(const Conv2dCall& call, int size, Arena& arena) {
     return {from, to, {filters, part}, {epilogue, part}};
   };
   Arena part(nullptr);
-  scratch_in(part);
+  const bool stores_whole = scratch_in(part).to.stores_whole();
+  // Where blocks are few, each is several items, some ranges of lanes of it.
+  const int64_t ranges = ceil_div(ld, std::max<int64_t>(1, filters.range));
+  const int64_t blocks = p.groups * tiling.blocks;
+  const int64_t cuts = stores_whole ? 1 : cuts_for_threads(call, blocks, ranges);
+  const int64_t items = blocks * cuts;
+  const int64_t slots = slot_count(call, items);
   char* parts = arena.take_parts(slots, part);
   if (arena.counting()) return;
 
@@ -80,15 +90,16 @@ void compute_images(const Conv2dCall& call, int size, Arena& arena) {
     Arena own(parts + slot * part.used());
     const Scratch s = scratch_in(own);
     const Side<T>&from = s.from, &to = s.to;
-    const int64_t g = item / tiling.blocks, index = item % tiling.blocks;
+    const int64_t cut = item % cuts, index = item / cuts % tiling.blocks;
+    const int64_t g = item / cuts / tiling.blocks;
     const Window block = tiling.block(index);
     const Window read = tiling.source(block, padding_y, padding_x, source);
     const int64_t tiles = tiling.tiles(block);
     from.begin(block, read, padding_y, padding_x, source.data, g * k);
-    from.read(WinogradMap::input, read, tiles, g * k);
+    from.read(WinogradMap::input, read, tiles, g * k, 0, k);
     to.begin(block, block, 0, 0, call.output, g * channels);
-    for (int64_t lane = 0; lane < ld; lane += filters.range) {
-      const int64_t lanes = std::min(filters.range, ld - lane);
+    for (int64_t r = cut * ranges / cuts; r < (cut + 1) * ranges / cuts; ++r) {
+      const int64_t lane = r * filters.range, lanes = std::min(filters.range, ld - lane);
       for_chains(k, chain, [&](int64_t first, int64_t terms) {
         filters.choose(g, lane, first, terms, s.filters);
         for (int row = 0; row < n; ++row) {
@@ -137,7 +148,10 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
   const int64_t channel_range = many ? std::min(channels, kSquare) : channels;
   const int64_t splits =
       std::clamp<int64_t>(many ? tiling.blocks : tiling.blocks / 8, 1, kMostSplits);
-  const int64_t items = p.groups * splits;
+  // Where splits are few, each is several items, some ranges of channels of it.
+  const int64_t ranges = ceil_div(channels, std::max<int64_t>(1, channel_range));
+  const int64_t cuts = cuts_for_threads(call, p.groups * splits, ranges);
+  const int64_t items = p.groups * splits * cuts;
   const int64_t slots = slot_count(call, items);
   const int64_t partial_size = taps * channels * ld;
   const int64_t sum_stride = channel_range * range + kGap;
@@ -163,9 +177,13 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
     Arena own(parts + slot * part.used());
     const Scratch s = scratch_in(own);
     const Side<T>&input = s.input, &grad = s.grad;
-    const int64_t g = item % p.groups, split = item / p.groups;
-    T* partial = partials + item * partial_size;
-    if (tiling.blocks == 0) std::fill_n(partial, partial_size, T(0));  // an empty batch
+    const int64_t cut = item % cuts, g = item / cuts % p.groups, split = item / cuts / p.groups;
+    const int64_t first_channel = cut * ranges / cuts * channel_range;
+    const int64_t end_channel = std::min(channels, (cut + 1) * ranges / cuts * channel_range);
+    T* partial = partials + item / cuts * partial_size;
+    if (tiling.blocks == 0) {  // an empty batch
+      std::fill(partial + first_channel * taps * ld, partial + end_channel * taps * ld, T(0));
+    }
     const int64_t begin = split * tiling.blocks / splits;
     const int64_t end = (split + 1) * tiling.blocks / splits;
     for (int64_t b = begin; b < end; ++b) {
@@ -173,11 +191,11 @@ void compute_weights(const Conv2dCall& call, int size, Arena& arena) {
       const Window read = tiling.source(block, p.padding_height, p.padding_width, source);
       const int64_t tiles = tiling.tiles(block);
       input.begin(block, read, p.padding_height, p.padding_width, source.data, g * channels);
-      input.read(WinogradMap::input, read, tiles, g * channels);
+      input.read(WinogradMap::input, read, tiles, g * channels, first_channel, end_channel);
       grad.begin(block, block, 0, 0, target.data, g * filters);
-      grad.read(WinogradMap::output_grad, block, tiles, g * filters);
-      for (int64_t channel = 0; channel < channels; channel += channel_range) {
-        const int64_t rows = std::min(channel_range, channels - channel);
+      grad.read(WinogradMap::output_grad, block, tiles, g * filters, 0, filters);
+      for (int64_t channel = first_channel; channel < end_channel; channel += channel_range) {
+        const int64_t rows = std::min(channel_range, end_channel - channel);
         for (int64_t lane = 0; lane < ld; lane += range) {
           const int64_t lanes = std::min(range, ld - lane);
           for (int64_t plane = 0; plane < planes; ++plane) {

@@ -218,11 +218,12 @@ class Side {
     list_pixels(tiling_, block, n_, padding_y, padding_x, tensor_, pixels, outside_, list_);
   }
 
-  // Pixels to planes.
-  void read(WinogradMap map, const Window& window, int64_t tiles, int64_t first_channel) const {
+  // Pixels to planes, of channels [channel, end_channel), the first a multiple of the part.
+  void read(WinogradMap map, const Window& window, int64_t tiles, int64_t first_channel,
+            int64_t channel, int64_t end_channel) const {
     std::fill_n(outside_, round_up(channels_, isa_.lanes), T(0));
-    for (int64_t c = 0; c < channels_; c += chunk_) {
-      const int64_t end = std::min(c + chunk_, channels_);
+    for (int64_t c = channel; c < end_channel; c += chunk_) {
+      const int64_t end = std::min(c + chunk_, end_channel);
       if (copies) {
         for_runs(tensor_, window, [&](const ImageTensor& tensor, const Block& block, int64_t at) {
           load_block(isa_, tensor, block, first_channel + c, end - c, rows + at * chunk_, chunk_,
