@@ -50,9 +50,9 @@ def in_thread(function):
 @pytest.mark.parametrize(
     ("p", "conv_pass", "permission", "names"),
     [
-        (P("", 1, 16, 12, 13, 16, (3, 3), (1, 1), (1, 1)), "forward", "+winograd", WINOGRADS),
+        (P("", 1, 16, 7, 8, 16, (3, 3), (1, 1), (1, 1)), "forward", "+winograd", WINOGRADS),
         (P("", 1, 16, 12, 13, 16, (3, 3), (1, 1), (1, 1)), "forward", "", []),
-        (P("", 1, 16, 11, 13, 16, (3, 3), (1, 1), (1, 1)), "forward", "+winograd", []),
+        (P("", 1, 16, 6, 8, 16, (3, 3), (1, 1), (1, 1)), "forward", "+winograd", []),
         (P("", 1, 15, 12, 13, 16, (3, 3), (1, 1), (1, 1)), "forward", "+winograd", []),
         (P("", 1, 16, 12, 13, 15, (3, 3), (1, 1), (1, 1)), "forward", "+winograd", []),
         (P("", 1, 16, 24, 26, 16, (3, 3), (2, 1), (1, 1)), "forward", "+winograd", []),

@@ -15,7 +15,7 @@ bool anything(const Conv2dProblem&, Conv2dPass, DType, Layout) {
 bool pays_for_winograd(const Conv2dProblem& p, Conv2dPass, DType, Layout) {
   const bool kernel_fits = p.kernel_height == 3 && p.kernel_width == 3 && p.stride_height == 1 &&
                            p.stride_width == 1 && p.dilation_height == 1 && p.dilation_width == 1;
-  return kernel_fits && std::min(p.out_height(), p.out_width()) >= 12 &&
+  return kernel_fits && std::min(p.out_height(), p.out_width()) >= 7 &&
          std::min(p.group_in_channels(), p.group_out_channels()) >= 16;
 }
 
