@@ -366,6 +366,20 @@ def test_empty_tensors_of_huge_sizes(algorithm):
     assert result.shape == (1, 0, 1, 1)
 
 
+@pytest.mark.parametrize("distance", [12, 2**14, 2**40])
+def test_depthwise_taps_far_apart(distance, isa):
+    """Only the middle tap meets the input; what lies between taps is no workspace."""
+    x, w = torch.randn(2, 3, 1, 12, requires_grad=True), torch.randn(3, 1, 3, 3, requires_grad=True)
+    y = conv2d(x, w, None, 1, distance, distance, 3, algorithm="depthwise")
+    g = torch.randn_like(y)
+    grad_x, grad_w = torch.autograd.grad(y, (x, w), g)
+    middle = w[:, 0, 1, 1].reshape(3, 1, 1)
+    assert torch.equal(y, x * middle)
+    assert torch.equal(grad_x, g * middle)
+    torch.testing.assert_close(grad_w[:, 0, 1, 1], (g * x).sum((0, 2, 3)))
+    assert grad_w.count_nonzero() == 3
+
+
 def test_everything_may_require_gradients():
     x, w, b = (tensor.requires_grad_() for tensor in tensors())
     g = torch.ones(2, 6, 3, 5, requires_grad=True)

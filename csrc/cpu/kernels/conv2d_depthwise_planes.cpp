@@ -14,6 +14,8 @@ namespace {
 // How the work is cut. Constants, for the sums of backward_weight depend on the first.
 constexpr int64_t kSlabBytes = 16 << 10;
 constexpr int64_t kItems = 64;  // of backward_weight at least, if need be by splits of the batch
+// Elements from the first tap of a row of targets to its last, with all that lies between them.
+constexpr double kMostReach = 1 << 16;
 
 // An axis of the slab, whose places are sources from `low` on, whether or not there are such.
 // Targets of a residue class meet their taps at
@@ -426,9 +428,14 @@ void run(const Conv2dCall& call, Arena& arena) {
 
 bool depthwise_prefers_planes(const Conv2dCall& call) {
   const Conv2dProblem& p = call.problem;
-  // Kernels so large that a pixel's sum is cut into chains are left to the other way, and what
-  // wants rows of channels. Of shorter rows than these most of a vector and of the time is lost.
+  // Kernels so large that a pixel's sum is cut into chains are left to the other way, as is what
+  // wants rows of channels, and taps so far apart that the slab would hold little that they meet,
+  // or be larger than memory. Of shorter rows than these most of a vector and of the time is lost.
   const bool backward = call.pass == Conv2dPass::backward_input;
+  const double height =
+      double(p.kernel_height - 1) * double(p.dilation_height) + double(p.stride_height);
+  const double width = double(p.in_width) + 2 * double(p.padding_width) + double(p.stride_width);
+  if (height * width > kMostReach) return false;
   return call.layout == Layout::nchw && !call.epilogue && p.kernel_taps() <= kSumChain &&
          (backward ? p.in_width : p.out_width()) >= 10;
 }

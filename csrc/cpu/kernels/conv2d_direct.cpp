@@ -1,8 +1,8 @@
 // Direct convolution: products are summed with no matrix laid out, or no more of it than a tile of
 // results needs at a time. Vector lanes run across output channels (input channels in
-// backward_input), or across pixels (see conv2d_planes.h and conv2d_panels.h), never across a sum,
-// so every result adds its products in the order channel, kernel row, kernel column (in chains of
-// fused multiply-adds, see tap_chain), and has the same bits on every ISA.
+// backward_input), or across pixels (see conv2d_planes.h, conv2d_panels.h, conv2d_few_channels.h),
+// never across a sum, so every result adds its products in the order channel, kernel row, kernel
+// column (in chains of fused multiply-adds, see tap_chain), and has the same bits on every ISA.
 #include "cpu/kernels/conv2d_driver.h"
 #include "cpu/kernels/conv2d_few_channels.h"
 #include "cpu/kernels/conv2d_panels.h"

@@ -84,7 +84,7 @@ class WinogradFilters {
     });
   }
 
-  // To be called before rows() for other lanes or other k.
+  // To be called before planes() for other lanes or other k.
   void choose(int64_t group, int64_t lane, int64_t first, int64_t terms, const Scratch& s) const {
     if (many) lay_out(group, lane, first, terms, s.matrix);
   }
