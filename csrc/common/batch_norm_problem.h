@@ -13,8 +13,8 @@ struct BatchNormProblem {
   int64_t batch, channels, pixels;
 
   // Values that a channel's statistics are made of.
-  int64_t count() const { return batch * pixels; }
-  int64_t elements() const { return count() * channels; }
+  constexpr int64_t count() const { return batch * pixels; }
+  constexpr int64_t elements() const { return count() * channels; }
 
   bool operator==(const BatchNormProblem&) const = default;
 };

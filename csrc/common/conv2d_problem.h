@@ -1,4 +1,5 @@
-// A two-dimensional convolution as a value: sizes only, no pointers, PyTorch's conventions.
+// A two-dimensional convolution as a value: sizes only, no pointers, PyTorch's conventions. Its
+// functions are constexpr so that CUDA kernels may call them.
 #pragma once
 
 #include <cstdint>
@@ -23,24 +24,24 @@ struct Conv2dProblem {
   int64_t groups;
 
   // torch.nn.Conv2d's formula; the caller has checked that the dilated kernel fits.
-  static int64_t output_size(int64_t input, int64_t kernel, int64_t stride, int64_t padding,
-                             int64_t dilation) {
+  static constexpr int64_t output_size(int64_t input, int64_t kernel, int64_t stride,
+                                       int64_t padding, int64_t dilation) {
     return (input + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
   }
 
-  int64_t out_height() const {
+  constexpr int64_t out_height() const {
     return output_size(in_height, kernel_height, stride_height, padding_height, dilation_height);
   }
-  int64_t out_width() const {
+  constexpr int64_t out_width() const {
     return output_size(in_width, kernel_width, stride_width, padding_width, dilation_width);
   }
-  int64_t group_in_channels() const { return in_channels / groups; }
-  int64_t group_out_channels() const { return out_channels / groups; }
-  int64_t kernel_taps() const { return kernel_height * kernel_width; }
-  int64_t out_pixels() const { return batch * out_height() * out_width(); }
+  constexpr int64_t group_in_channels() const { return in_channels / groups; }
+  constexpr int64_t group_out_channels() const { return out_channels / groups; }
+  constexpr int64_t kernel_taps() const { return kernel_height * kernel_width; }
+  constexpr int64_t out_pixels() const { return batch * out_height() * out_width(); }
 
   // The convolution matrix view: one row per output pixel, one column per weight of a filter.
-  GemmShape gemm(Conv2dPass pass) const {
+  constexpr GemmShape gemm(Conv2dPass pass) const {
     const int64_t pixels = out_pixels();
     const int64_t filters = group_out_channels();
     const int64_t taps = group_in_channels() * kernel_taps();

@@ -11,7 +11,7 @@ enum class DType { float32, float64, bfloat16, float16 };
 // follow the same rule with (N, C, H, W) read as (out_channels, in_channels / groups, kH, kW).
 enum class Layout { nchw, nhwc };
 
-inline int64_t size_of(DType dtype) {
+constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::float64:
       return 8;
@@ -22,10 +22,10 @@ inline int64_t size_of(DType dtype) {
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
-inline int64_t round_up(int64_t a, int64_t b) {
+constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/call_key.h"
 #include "cpu/recently_used.h"
 

@@ -26,10 +26,10 @@ namespace {
 
 template <class Kernel>
 void run_with_workspace(const Kernel& kernel) {
-  cpu::Arena counter(nullptr);
+  Arena counter(nullptr);
   kernel(counter);
-  std::vector<char> workspace(counter.used() + cpu::Arena::kAlignment);
-  cpu::Arena arena(cpu::Arena::aligned(workspace.data()));
+  std::vector<char> workspace(counter.used() + Arena::kAlignment);
+  Arena arena(Arena::aligned(workspace.data()));
   kernel(arena);
 }
 
@@ -60,7 +60,7 @@ extern "C" int convext_conv2d(const char* isa, const char* algorithm, int pass, 
   call.output = output;
   call.isa = &cpu::kernels();
   call.threads = 3;
-  run_with_workspace([&](cpu::Arena& arena) { chosen->run(call, arena); });
+  run_with_workspace([&](Arena& arena) { chosen->run(call, arena); });
   return 0;
 }
 
@@ -88,10 +88,10 @@ extern "C" int convext_batch_norm(const char* isa, int what, int relu, int dtype
   call.training = what == 2;
   call.isa = &cpu::kernels();
   call.threads = 3;
-  constexpr void (*kKernels[])(const cpu::BatchNormCall&, cpu::Arena&) = {
+  constexpr void (*kKernels[])(const cpu::BatchNormCall&, Arena&) = {
       cpu::batch_norm_train, cpu::batch_norm_eval, cpu::batch_norm_backward,
       cpu::batch_norm_backward, cpu::channel_sum};
-  run_with_workspace([&](cpu::Arena& arena) { kKernels[what](call, arena); });
+  run_with_workspace([&](Arena& arena) { kKernels[what](call, arena); });
   return 0;
 }
 
@@ -122,7 +122,7 @@ extern "C" int convext_conv_block(const char* isa, int training, int relu, int d
   call.conv.layout = call.norm.layout = Layout(layout);
   call.conv.isa = call.norm.isa = &cpu::kernels();
   call.conv.threads = call.norm.threads = 3;
-  run_with_workspace([&](cpu::Arena& arena) {
+  run_with_workspace([&](Arena& arena) {
     training ? cpu::conv_block_train(call, arena) : cpu::conv_block_eval(call, arena);
   });
   return 0;

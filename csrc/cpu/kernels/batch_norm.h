@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
+#include "common/arena.h"
 #include "common/batch_norm_problem.h"
 #include "common/types.h"
-#include "cpu/kernels/arena.h"
 #include "cpu/kernels/call_key.h"
 #include "cpu/kernels/isa.h"
 

@@ -17,9 +17,9 @@
 
 #include <cstdint>
 
+#include "common/arena.h"
 #include "common/batch_norm_problem.h"
 #include "common/types.h"
-#include "cpu/kernels/arena.h"
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/slots.h"
 

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <string_view>
 
+#include "common/arena.h"
 #include "common/conv2d_problem.h"
 #include "common/types.h"
-#include "cpu/kernels/arena.h"
 #include "cpu/kernels/call_key.h"
 #include "cpu/kernels/isa.h"
 

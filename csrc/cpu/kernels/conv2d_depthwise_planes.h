@@ -1,7 +1,7 @@
 // Depthwise convolution of nchw tensors with the vectors' lanes along the rows of a plane.
 #pragma once
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/conv2d.h"
 
 namespace convext::cpu {

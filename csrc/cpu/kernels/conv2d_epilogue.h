@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/isa.h"
 

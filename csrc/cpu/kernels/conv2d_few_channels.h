@@ -2,7 +2,7 @@
 // conv2d_planes.h, but to rows of channels, which nhwc tensors and epilogues want.
 #pragma once
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/conv2d.h"
 
 namespace convext::cpu {

@@ -13,8 +13,8 @@
 
 #include <cstdint>
 
+#include "common/arena.h"
 #include "common/types.h"
-#include "cpu/kernels/arena.h"
 #include "cpu/kernels/conv2d_pack.h"
 #include "cpu/kernels/isa.h"
 

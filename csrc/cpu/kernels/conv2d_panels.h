@@ -2,7 +2,7 @@
 // out in panels.
 #pragma once
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/conv2d.h"
 
 namespace convext::cpu {

@@ -1,7 +1,7 @@
 // Direct convolution of nchw tensors with the vectors' lanes across neighbouring pixels.
 #pragma once
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/conv2d.h"
 
 namespace convext::cpu {

@@ -1,8 +1,8 @@
 // Convolution, ReLU and batch norm in one: what a network repeats.
 #pragma once
 
+#include "common/arena.h"
 #include "common/batch_norm_problem.h"
-#include "cpu/kernels/arena.h"
 #include "cpu/kernels/batch_norm.h"
 #include "cpu/kernels/conv2d.h"
 

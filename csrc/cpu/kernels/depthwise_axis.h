@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 
 namespace convext::cpu {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/isa.h"
 
 namespace convext::cpu {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 
 namespace convext::cpu {
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cpu/kernels/arena.h"
+#include "common/arena.h"
 #include "cpu/kernels/conv2d_gather.h"
 #include "cpu/kernels/conv2d_pack.h"
 #include "cpu/kernels/isa.h"

@@ -7,11 +7,12 @@
 #include <new>
 #include <type_traits>
 
-namespace convext::cpu {
+namespace convext {
 
 class Arena {
  public:
-  static constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
+  // A cache line of a GPU, where its copies in bulk land; two of a CPU.
+  static constexpr int64_t kAlignment = 128;
 
   // Memory that outlives a call, and whether an earlier call has filled it.
   struct Lasting {
@@ -120,4 +121,4 @@ class Arena {
   bool overflowed_ = false;
 };
 
-}  // namespace convext::cpu
+}  // namespace convext

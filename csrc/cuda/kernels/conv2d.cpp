@@ -1,0 +1,32 @@
+#include "cuda/kernels/conv2d.h"
+
+namespace convext::cuda {
+namespace {
+
+const char* does_all(const Conv2dCall&) {
+  return nullptr;
+}
+
+constexpr Conv2dAlgorithm kAlgorithms[] = {
+    // Sums products where the operands lie, one thread a result.
+    {"direct", does_all, conv2d_direct},
+};
+
+}  // namespace
+
+int conv2d_algorithm_count() {
+  return sizeof kAlgorithms / sizeof kAlgorithms[0];
+}
+
+const Conv2dAlgorithm& conv2d_algorithm(int index) {
+  return kAlgorithms[index];
+}
+
+const Conv2dAlgorithm* find_conv2d_algorithm(std::string_view name) {
+  for (const Conv2dAlgorithm& algorithm : kAlgorithms) {
+    if (name == algorithm.name) return &algorithm;
+  }
+  return nullptr;
+}
+
+}  // namespace convext::cuda

@@ -1,0 +1,109 @@
+"""The CUDA kernels on a CPU: csrc/cuda/kernels compiled against the emulator, and called."""
+
+import ctypes
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from problems import Conv2dProblem
+from reference import PASSES, Operands
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATION = ROOT / "tests/cuda_emulation"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as DType counts them
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def cuda_include() -> Path | None:
+    """The folder of cuda_fp16.h and its like, which are headers of the host compiler's too."""
+    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    found = [Path(place, "include") for place in places if place]
+    return next((path for path in found if (path / "cuda_fp16.h").is_file()), None)
+
+
+def build(folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
+    """Compile emulator and kernels to a shared library in `folder`."""
+    common = ["g++", "-std=c++20", "-fPIC", "-g", "-ffp-contract=off", "-Wall", *flags]
+    common += ["-Wno-unknown-pragmas", "-Wno-class-memaccess", "-mavx2", "-mfma"]
+    common += [f"-I{ROOT}/csrc", f"-I{EMULATION}", "-isystem", str(cuda_include())]
+    sources = sorted((ROOT / "csrc/cuda/kernels").glob("*.c*"))
+    sources += [EMULATION / "emu.cpp", EMULATION / "kernels_c.cpp"]
+
+    def compile_one(source: Path) -> Path:
+        target = folder / (source.name + ".o")
+        subprocess.run([*common, "-x", "c++", "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "libcuda_kernels.so"
+    subprocess.run([*common, "-shared", *objects, "-o", library, "-lpthread"], check=True)
+    return library
+
+
+class Kernels:
+    """The library, its functions taking tensors on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        self._c = ctypes.CDLL(str(library))
+        self._c.convext_cuda_algorithm.restype = ctypes.c_char_p
+        self._c.convext_cuda_conv2d.restype = ctypes.c_char_p
+
+    @cache  # noqa: B019, one object for the whole process
+    def algorithms(self) -> tuple[str, ...]:
+        count = self._c.convext_cuda_algorithm_count()
+        return tuple(self._c.convext_cuda_algorithm(i).decode() for i in range(count))
+
+    def conv2d(
+        self,
+        p: Conv2dProblem,
+        conv_pass: str,
+        data: Operands,
+        algorithm: str,
+        layout: str = "contiguous",
+        tf32: bool = False,
+        compute_capability: int = 90,
+    ) -> Tensor | str:
+        """One pass, or the reason for which the algorithm declines."""
+        format = FORMATS[layout]
+        names = {
+            "forward": ("input", "weight", "bias"),
+            "grad_input": ("weight", "grad_output"),
+            "grad_weight": ("input", "grad_output"),
+        }[conv_pass]
+        read = {}
+        for name in names:
+            tensor = getattr(data, name)
+            if tensor is not None:
+                read[name] = (
+                    tensor.contiguous(memory_format=format) if tensor.dim() == 4 else tensor
+                )
+        size = {
+            "forward": p.output_size,
+            "grad_input": p.input_size,
+            "grad_weight": p.weight_size,
+        }[conv_pass]
+        dtype = data.input.dtype
+        output = torch.full(size, float("nan"), dtype=dtype).contiguous(memory_format=format)
+        if output.numel() == 0:
+            return output
+        sizes = (p.N, p.C, p.H, p.W, p.O, *p.kernel, *p.stride, *p.padding, *p.dilation, p.groups)
+        declined = self._c.convext_cuda_conv2d(
+            algorithm.encode(),
+            PASSES.index(conv_pass),
+            DTYPES.index(dtype),
+            list(FORMATS).index(layout),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            tf32,
+            compute_capability,
+            *(
+                ctypes.c_void_p(read[name].data_ptr()) if name in read else None
+                for name in ("input", "weight", "bias", "grad_output")
+            ),
+            ctypes.c_void_p(output.data_ptr()),
+        )
+        return output if declined is None else declined.decode()

@@ -1,0 +1,25 @@
+"""The CUDA kernels, by the emulator, on the CPU kernels' problems."""
+
+import pytest
+from emulated_cuda import FORMATS, Kernels, build
+from problems import PROBLEMS
+from reference import FLOATS, HALVES, PASSES, expected, operands
+
+ALGORITHMS = ("direct",)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> Kernels:
+    return Kernels(build(tmp_path_factory.mktemp("cuda_emulated")))
+
+
+@pytest.mark.parametrize("cuda_algorithm", ALGORITHMS)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize("conv_pass", PASSES)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_equals_torch(kernels, problem, conv_pass, dtype, layout, cuda_algorithm):
+    data = operands(problem, dtype)
+    result = kernels.conv2d(problem, conv_pass, data, cuda_algorithm, layout)
+    assert not isinstance(result, str), result
+    expected(problem, conv_pass, dtype, cuda_algorithm).check(result)
