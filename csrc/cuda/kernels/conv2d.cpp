@@ -9,7 +9,7 @@ const char* does_all(const Conv2dCall&) {
 
 constexpr Conv2dAlgorithm kAlgorithms[] = {
     // Sums products where the operands lie, one thread a result.
-    {"direct", does_all, conv2d_direct},
+    {"direct", does_all, conv2d_direct, false},
 };
 
 }  // namespace

@@ -51,6 +51,8 @@ struct Conv2dAlgorithm {
   // nor waits, so that a graph can capture it. Work is cut by the problem alone, whatever the
   // device, and sums are taken in an order fixed by the cut: the same bits on every run.
   void (*run)(const Conv2dCall&, Arena&);
+  // Whether run sums the epilogue's moments; where not, who wants them makes a pass of its own.
+  bool sums_moments;
 };
 
 // Every algorithm, in the order in which documentation and tests walk them.
