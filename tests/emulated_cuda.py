@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -28,10 +29,12 @@ def cuda_include() -> Path | None:
 def build(folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
     """Compile emulator and kernels to a shared library in `folder`."""
     common = ["g++", "-std=c++20", "-fPIC", "-g", "-ffp-contract=off", "-Wall", *flags]
-    common += ["-Wno-unknown-pragmas", "-Wno-class-memaccess", "-mavx2", "-mfma"]
+    common += ["-Wno-unknown-pragmas", "-Wno-class-memaccess"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        common += ["-mavx2", "-mfma", "-mf16c"]
     common += [f"-I{ROOT}/csrc", f"-I{EMULATION}", "-isystem", str(cuda_include())]
     sources = sorted((ROOT / "csrc/cuda/kernels").glob("*.c*"))
-    sources += [EMULATION / "emu.cpp", EMULATION / "kernels_c.cpp"]
+    sources += sorted(EMULATION.glob("*.cpp"))
 
     def compile_one(source: Path) -> Path:
         target = folder / (source.name + ".o")
