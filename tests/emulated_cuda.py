@@ -110,3 +110,15 @@ class Kernels:
             ctypes.c_void_p(output.data_ptr()),
         )
         return output if declined is None else declined.decode()
+
+    def merge_moments(self, partial: Tensor, part_rows: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Means and sums of squared deviations from those of the parts, [part][2][channel]."""
+        channels = partial.shape[2]
+        results = tuple(torch.full((channels,), float("nan"), dtype=partial.dtype) for _ in "12")
+        self._c.convext_cuda_merge_moments(
+            partial.dtype == torch.float64,
+            *(ctypes.c_void_p(partial.data_ptr()), ctypes.c_int64(part_rows)),
+            *(ctypes.c_int64(rows), ctypes.c_int64(channels)),
+            *(ctypes.c_void_p(result.data_ptr()) for result in results),
+        )
+        return results

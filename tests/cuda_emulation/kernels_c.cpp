@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cuda/kernels/conv2d.h"
+#include "cuda/kernels/moments.h"
 
 using namespace convext;
 
@@ -58,6 +59,18 @@ const char* convext_cuda_conv2d(const char* algorithm, int pass, int dtype, int 
   if (const char* reason = chosen->declines(call)) return reason;
   run_with_workspace([&](Arena& arena) { chosen->run(call, arena); });
   return nullptr;
+}
+
+// As merge_moments does, in double (1) or float (0).
+void convext_cuda_merge_moments(int is_double, const void* partial, int64_t part_rows, int64_t rows,
+                                int64_t channels, void* mean, void* deviation) {
+  if (is_double) {
+    cuda::merge_moments(static_cast<const double*>(partial), part_rows, rows, channels,
+                        static_cast<double*>(mean), static_cast<double*>(deviation), nullptr);
+  } else {
+    cuda::merge_moments(static_cast<const float*>(partial), part_rows, rows, channels,
+                        static_cast<float*>(mean), static_cast<float*>(deviation), nullptr);
+  }
 }
 
 }  // extern "C"

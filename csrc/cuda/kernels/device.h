@@ -38,7 +38,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
                                  int(shared_bytes));
   }
   if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, stream> > >(Parameters(arguments)...);
+    // clang-format off
+    kernel<<<grid, block, shared_bytes, stream>>>(Parameters(arguments)...);
+    // clang-format on
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) {

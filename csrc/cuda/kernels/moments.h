@@ -1,0 +1,18 @@
+// Moments of a matrix's columns from those of its parts: what a convolution's epilogue ends with
+// that sums the moments of its results up.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels/stream.h"
+
+namespace convext::cuda {
+
+// `partial` is [part][mean, deviation][channel], where a part is part_rows of the rows, the last
+// one what is left of them: the mean of a channel's values and the sum of their squared deviations
+// from it. Gives both for all rows. S is float or double.
+template <class S>
+void merge_moments(const S* partial, int64_t part_rows, int64_t rows, int64_t channels, S* mean,
+                   S* deviation, Stream stream);
+
+}  // namespace convext::cuda
