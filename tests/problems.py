@@ -127,7 +127,8 @@ EDGES = [
 
 # Depthwise: around tiles of 6, 8 and 16 pixels, pieces of 1 and 2 vectors, ranges of 32 channels,
 # blocks of rows of 512 KB, chains of 16 taps, and at every kind of edge; in planes of rows of 10
-# pixels or more, around slabs of 16 KB, tiles of 4 rows and chains of 256 columns.
+# pixels or more, around slabs of 16 KB, tiles of 4 rows and chains of 256 columns. On a GPU around
+# tiles of 128 columns and 256 strips of 4 rows, blocks of 128 and 64 channels.
 DEPTHWISE = [
     *(
         P(f"depthwise, {w} wide, {c} channels", 2, c, 5, w, c, (3, 3), (1, 1), (1, 1), (1, 1), c)
@@ -156,6 +157,13 @@ DEPTHWISE = [
     P("depthwise, wide, multiplier 2", 2, 5, 7, 21, 10, (3, 3), (1, 2), (1, 1), (1, 1), 5),
     P("depthwise, wide, dilated", 1, 5, 12, 29, 5, (2, 3), (1, 1), (2, 3), (3, 2), 5),
     P("depthwise, chains of columns", 1, 2, 4, 280, 2, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    P("depthwise, 7x7", 2, 17, 11, 13, 17, (7, 7), (1, 1), (3, 2), (1, 1), 17),
+    P("depthwise, 3x3, two tiles of columns", 1, 3, 9, 131, 3, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    P("depthwise, 5x5, tiles, multiplier 2", 1, 2, 29, 263, 4, (5, 5), (2, 2), (2, 1), (1, 1), 2),
+    P("depthwise, 3x3, 132 channels", 2, 132, 5, 3, 132, (3, 3), (1, 1), (1, 1), (1, 1), 132),
+    P("depthwise, 5x5, 66 channels", 1, 66, 7, 6, 66, (5, 5), (1, 1), (2, 2), (1, 1), 66),
+    P("depthwise, 5x5, strided, even", 3, 12, 9, 14, 12, (5, 5), (2, 2), (1, 2), (1, 1), 12),
+    P("depthwise, 3x3, far padding", 1, 8, 3, 5, 8, (3, 3), (2, 2), (5, 6), (1, 1), 8),
     P("depthwise, batch of none", 0, 5, 6, 5, 5, (3, 2), (1, 1), (1, 1), (1, 1), 5),
 ]
 

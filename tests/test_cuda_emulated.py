@@ -3,9 +3,9 @@
 import pytest
 from emulated_cuda import FORMATS, Kernels, build
 from problems import PROBLEMS
-from reference import FLOATS, HALVES, PASSES, expected, operands
+from reference import FLOATS, HALVES, PASSES, declines, expected, operands
 
-ALGORITHMS = ("direct",)
+ALGORITHMS = ("direct", "depthwise")
 
 
 @pytest.fixture(scope="module")
@@ -21,5 +21,8 @@ def kernels(tmp_path_factory) -> Kernels:
 def test_equals_torch(kernels, problem, conv_pass, dtype, layout, cuda_algorithm):
     data = operands(problem, dtype)
     result = kernels.conv2d(problem, conv_pass, data, cuda_algorithm, layout)
+    if declines(cuda_algorithm, problem):
+        assert isinstance(result, str) or result.numel() == 0
+        return
     assert not isinstance(result, str), result
     expected(problem, conv_pass, dtype, cuda_algorithm).check(result)

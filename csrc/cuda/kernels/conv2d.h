@@ -64,5 +64,8 @@ const Conv2dAlgorithm* find_conv2d_algorithm(std::string_view name);
 
 // conv2d_direct.cu
 void conv2d_direct(const Conv2dCall&, Arena&);
+// conv2d_depthwise.cu
+const char* depthwise_declines(const Conv2dCall&);
+void conv2d_depthwise(const Conv2dCall&, Arena&);
 
 }  // namespace convext::cuda

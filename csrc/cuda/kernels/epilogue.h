@@ -20,17 +20,43 @@ struct Epilogue {
   __device__ static Sum<T> relu(Sum<T> value) { return value < 0 ? Sum<T>(0) : value; }
 
   // From a sum of products to what is rounded and stored.
-  __device__ Sum<T> operator()(Sum<T> value, int64_t channel) const {
-    if (bias) value += widen(bias[channel]);
-    if (relu_before) value = relu(value);
-    if (scale) value = (value - shift[channel]) * scale[channel] + offset[channel];
-    if (relu_after) value = relu(value);
-    return value;
-  }
+  __device__ Sum<T> operator()(Sum<T> value, int64_t channel) const;
 
   const T* bias;
   const Sum<T>*shift, *scale, *offset;
   bool relu_before, relu_after;
 };
+
+// The same for one channel, of which many values come: its numbers are read once.
+template <class T>
+struct ChannelEpilogue {
+  __device__ ChannelEpilogue(const Epilogue<T>& all, int64_t channel)
+      : has_bias(all.bias),
+        has_map(all.scale),
+        relu_before(all.relu_before),
+        relu_after(all.relu_after) {
+    if (has_bias) bias = widen(all.bias[channel]);
+    if (!has_map) return;
+    shift = all.shift[channel];
+    scale = all.scale[channel];
+    offset = all.offset[channel];
+  }
+
+  __device__ Sum<T> operator()(Sum<T> value) const {
+    if (has_bias) value += bias;
+    if (relu_before) value = Epilogue<T>::relu(value);
+    if (has_map) value = (value - shift) * scale + offset;
+    if (relu_after) value = Epilogue<T>::relu(value);
+    return value;
+  }
+
+  bool has_bias, has_map, relu_before, relu_after;
+  Sum<T> bias = 0, shift = 0, scale = 0, offset = 0;
+};
+
+template <class T>
+__device__ Sum<T> Epilogue<T>::operator()(Sum<T> value, int64_t channel) const {
+  return ChannelEpilogue<T>(*this, channel)(value);
+}
 
 }  // namespace convext::cuda
