@@ -16,6 +16,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests/cuda_emulation"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as DType counts them
+BATCH_NORMS = ("train", "eval", "backward of train", "backward of eval", "sum of a bias")
+RELUS = ("none", "before the norm", "after the norm")  # as Relu counts them
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -46,6 +48,10 @@ def build(folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
     library = folder / "libcuda_kernels.so"
     subprocess.run([*common, "-shared", *objects, "-o", library, "-lpthread"], check=True)
     return library
+
+
+def pointers(tensors: list[Tensor | None]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(t if t is None else t.data_ptr() for t in tensors))
 
 
 class Kernels:
@@ -110,6 +116,83 @@ class Kernels:
             ctypes.c_void_p(output.data_ptr()),
         )
         return output if declined is None else declined.decode()
+
+    def batch_norm(
+        self,
+        what: str,
+        input: Tensor | None,
+        grad_output: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
+        relu: str = "none",
+        eps: float = 1e-5,
+        layout: str = "contiguous",
+    ) -> dict[str, Tensor]:
+        """What one of BATCH_NORMS computes, by name, of tensors that lie as `layout` says."""
+        like = grad_output if input is None else input
+        channels, dtype = like.shape[1], like.dtype
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def empty() -> Tensor:
+            return torch.full((channels,), float("nan"), dtype=sums)
+
+        results = {}
+        if what == "train":
+            results = {"mean": empty(), "var": empty()}
+            mean, var = results["mean"], results["var"]
+        if what != "sum of a bias":
+            output = torch.full(like.shape, float("nan"), dtype=dtype)
+            results["output"] = output.contiguous(memory_format=FORMATS[layout])
+        if what.startswith("backward"):
+            results |= {"grad_weight": empty(), "grad_input_sum": empty()}
+        if what not in ("train", "eval"):
+            results["grad_bias"] = empty()
+        arrays = [input, grad_output, weight, bias, mean, var]
+        arrays += [results.get(n) for n in ("output", "grad_weight", "grad_bias", "grad_input_sum")]
+        self._c.convext_cuda_batch_norm(
+            BATCH_NORMS.index(what),
+            RELUS.index(relu),
+            DTYPES.index(dtype),
+            list(FORMATS).index(layout),
+            ctypes.c_double(eps),
+            (ctypes.c_int64 * 3)(*like.shape[:2], like.shape[2:].numel()),
+            pointers(arrays),
+        )
+        return results
+
+    def conv_block(
+        self,
+        p: Conv2dProblem,
+        data: Operands,
+        norm: tuple[Tensor, Tensor, Tensor, Tensor],
+        training: bool,
+        relu: str,
+        algorithm: str = "direct",
+        layout: str = "contiguous",
+        keep_activation: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and activation. `norm` is its weight, bias, mean and var, of which the last two
+        are written in training.
+        """
+        format = FORMATS[layout]
+        given = [t.contiguous(memory_format=format) for t in (data.input, data.weight)]
+        output = torch.full(p.output_size, float("nan"), dtype=data.input.dtype)
+        output = output.contiguous(memory_format=format)
+        activation = torch.full_like(output, float("nan")) if keep_activation else None
+        sizes = (p.N, p.C, p.H, p.W, p.O, *p.kernel, *p.stride, *p.padding, *p.dilation, p.groups)
+        self._c.convext_cuda_conv_block(
+            algorithm.encode(),
+            training,
+            RELUS.index(relu),
+            DTYPES.index(output.dtype),
+            list(FORMATS).index(layout),
+            ctypes.c_double(1e-5),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            pointers([*given, data.bias, *norm, activation, output]),
+        )
+        return output, activation
 
     def merge_moments(self, partial: Tensor, part_rows: int, rows: int) -> tuple[Tensor, Tensor]:
         """Means and sums of squared deviations from those of the parts, [part][2][channel]."""

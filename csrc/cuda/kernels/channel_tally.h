@@ -1,7 +1,7 @@
 // What kernels sum up for each channel, and how the threads of a block put their sums together: in
 // an order that the number of threads fixes, so that every run gives the same bits.
 //
-// A tally is a struct of nothing but members of type Tally::Value, for K channels side by side.
+// A tally is a struct of nothing but members of type Tally::Value.
 #pragma once
 
 #include "cuda/kernels/device.h"
@@ -9,11 +9,33 @@
 
 namespace convext::cuda {
 
-// Means, and sums of squared deviations from them, of `count` values in each channel.
+// A grid of as many blocks, of which kernels know their number by block_number. It may be a little
+// larger.
+inline dim3 grid_of(int64_t blocks) {
+  constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+  return blocks <= kMostBlocks ? dim3(blocks) : dim3(kMostBlocks, ceil_div(blocks, kMostBlocks));
+}
+
+__device__ __forceinline__ int64_t block_number() {
+  return int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+}
+
+// sum + rest = a + b, of which sum is the rounded one (Knuth, "The Art of Computer Programming",
+// volume 2, section 4.2.2, theorem B).
+template <class S>
+__device__ __forceinline__ S add_exactly(S a, S b, S& rest) {
+  const S sum = a + b, added = sum - a;
+  rest = (a - (sum - added)) + (b - added);
+  return sum;
+}
+
+// Means, and sums of squared deviations from them, of `count` values in each of K channels. The
+// mean is mean + rest: where it is not far from zero it is to be known better than by its own
+// roundings.
 template <class S, int K>
 struct Moments {
   using Value = S;
-  S count, mean[K], deviation[K];
+  S count, mean[K], rest[K], deviation[K];
 
   // The values of another, which may be none. Pairwise update after Chan, Golub and LeVeque,
   // "Algorithms for Computing the Sample Variance" (1983).
@@ -22,26 +44,25 @@ struct Moments {
     const S share = both > 0 ? other.count / both : S(0);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const S apart = other.mean[k] - mean[k];
-      mean[k] = multiply_add(apart, share, mean[k]);
+      const S means = other.mean[k] - mean[k], rests = other.rest[k] - rest[k];
+      const S apart = means + rests;
       deviation[k] += multiply_add(apart * (count * share), apart, other.deviation[k]);
+      S rounded;
+      mean[k] = add_exactly(mean[k], means * share, rounded);
+      rest[k] += multiply_add(rests, share, rounded);
     }
     count = both;
   }
 };
 
-// Two sums in each channel.
 template <class S, int K>
 struct Sums {
   using Value = S;
-  S sum[K], dot[K];
+  S sum[K];
 
   __device__ __forceinline__ void merge(const Sums& other) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      sum[k] += other.sum[k];
-      dot[k] += other.dot[k];
-    }
+    for (int k = 0; k < K; ++k) sum[k] += other.sum[k];
   }
 };
 

@@ -1,5 +1,5 @@
-// Moments of a matrix's columns from those of its parts: what a convolution's epilogue ends with
-// that sums the moments of its results up.
+// Moments or sums of a matrix's columns from those of its parts: what is left to do after kernels
+// whose blocks each sum up a part. A convolution's epilogue that gathers moments ends with this.
 #pragma once
 
 #include <cstdint>
@@ -14,5 +14,9 @@ namespace convext::cuda {
 template <class S>
 void merge_moments(const S* partial, int64_t part_rows, int64_t rows, int64_t channels, S* mean,
                    S* deviation, Stream stream);
+
+// sum[channel] = the sum of partial[part][channel].
+template <class S>
+void add_parts(const S* partial, int64_t parts, int64_t channels, S* sum, Stream stream);
 
 }  // namespace convext::cuda
