@@ -19,10 +19,13 @@ namespace {
 constexpr int kThreads = 128;
 // Of weights in shared memory: few enough that four blocks and more share a multiprocessor.
 constexpr int kWeightBytes = 16 << 10;
+// Of a chunk, where there are more: that many neighbours are worth reading.
+constexpr int kChunkChannels = 16;
+// Taps times channels of a chunk, at most.
+constexpr int kChunk = 256;
 // Products in a row that are summed in one chain, at most; the sums of chains are then added up,
 // which keeps the error of a long sum near that of a short one.
-constexpr int kChain = 128;
-constexpr int kChunkChannels = 16;
+constexpr int kChain = 64;
 
 // One axis, as both passes see it. Targets come in classes that meet the same taps: one in forward;
 // in backward_input, where target t meets tap k if t + padding - k * dilation is a multiple of the
@@ -84,6 +87,11 @@ struct AxisClass {
   }
 };
 
+// The length of the fewest equal parts of n that are no longer than `most`.
+int equal_parts(int64_t n, int64_t most) {
+  return int(ceil_div(n, ceil_div(n, most)));
+}
+
 template <class Index>
 struct Gather {
   Axis<Index> rows, columns;
@@ -101,6 +109,7 @@ struct Gather {
   bool channels_first;  // whether neighbouring threads differ in channels
   // A chunk is chunk_taps by chunk_channels, kept at [tap][channel][target channel].
   int chunk_taps, chunk_channels;
+  int chain_taps;        // that are summed in one chain, with all channels of a chunk
   int weight_pitch;      // from one [tap][channel] to the next
   bool targets_fastest;  // in the weight, among neighbours in memory; else what `fastest` counts
   bool taps_fastest;
@@ -108,7 +117,7 @@ struct Gather {
 };
 
 template <class T, class Index, int kPixels, int kChannels>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 4 : 2)
     gather_kernel(const T* source, const T* weight, T* target, Gather<Index> g,
                   Epilogue<T> epilogue) {
   if (block_index() >= g.blocks) return;
@@ -185,40 +194,43 @@ __global__ void __launch_bounds__(kThreads)
       }
       __syncthreads();
 
-      Sum<T> sum[kPixels][kChannels] = {};
-      for (int tap = 0; tap < tap_count; ++tap) {
-        Index at[kPixels];
-        bool met = false;
-#pragma unroll
-        for (int i = 0; i < kPixels; ++i) {
-          const Index row = first_row[i] + tap_row[tap];
-          const Index column = first_column[i] + tap_column[tap];
-          const bool inside = image[i] >= 0 && row >= 0 && row < g.rows.sources && column >= 0 &&
-                              column < g.columns.sources;
-          at[i] = inside ? image[i] + row * g.source.h + column * g.source.w + first * g.source.c
-                         : Index(-1);
-          met |= inside;
-        }
-        if (!met) continue;
-        const Sum<T>* tap_weights =
-            weights + tap * g.chunk_channels * g.weight_pitch + channel_lane * kChannels;
-#pragma unroll 2
-        for (int c = 0; c < count; ++c) {
-          Sum<T> w[kChannels];
-          load_neighbours(w, tap_weights + c * g.weight_pitch);
+      for (int chain = 0; chain < tap_count; chain += g.chain_taps) {
+        const int end = chain + g.chain_taps < tap_count ? chain + g.chain_taps : tap_count;
+        Sum<T> sum[kPixels][kChannels] = {};
+        for (int tap = chain; tap < end; ++tap) {
+          Index at[kPixels];
+          bool met = false;
 #pragma unroll
           for (int i = 0; i < kPixels; ++i) {
-            if (at[i] < 0) continue;
-            const Sum<T> x = widen(source[at[i] + c * g.source.c]);
+            const Index row = first_row[i] + tap_row[tap];
+            const Index column = first_column[i] + tap_column[tap];
+            const bool inside = image[i] >= 0 && row >= 0 && row < g.rows.sources && column >= 0 &&
+                                column < g.columns.sources;
+            at[i] = inside ? image[i] + row * g.source.h + column * g.source.w + first * g.source.c
+                           : Index(-1);
+            met |= inside;
+          }
+          if (!met) continue;
+          const Sum<T>* tap_weights =
+              weights + tap * g.chunk_channels * g.weight_pitch + channel_lane * kChannels;
+#pragma unroll(kPixels == 1 ? 4 : 2)
+          for (int c = 0; c < count; ++c) {
+            Sum<T> w[kChannels];
+            load_neighbours(w, tap_weights + c * g.weight_pitch);
 #pragma unroll
-            for (int j = 0; j < kChannels; ++j) sum[i][j] = multiply_add(x, w[j], sum[i][j]);
+            for (int i = 0; i < kPixels; ++i) {
+              if (at[i] < 0) continue;
+              const Sum<T> x = widen(source[at[i] + c * g.source.c]);
+#pragma unroll
+              for (int j = 0; j < kChannels; ++j) sum[i][j] = multiply_add(x, w[j], sum[i][j]);
+            }
           }
         }
-      }
 #pragma unroll
-      for (int i = 0; i < kPixels; ++i) {
+        for (int i = 0; i < kPixels; ++i) {
 #pragma unroll
-        for (int j = 0; j < kChannels; ++j) total[i][j] += sum[i][j];
+          for (int j = 0; j < kChannels; ++j) total[i][j] += sum[i][j];
+        }
       }
     }
   }
@@ -296,11 +308,13 @@ void run(const Conv2dCall& call) {
   g.weight_pitch = tile_channels + Pack<Sum<T>>::kCount;
   const int64_t taps = ceil_div(p.kernel_height, backward ? p.stride_height / g.rows.common : 1) *
                        ceil_div(p.kernel_width, backward ? p.stride_width / g.columns.common : 1);
-  const int64_t most = std::min<int64_t>(kWeightBytes / sizeof(Sum<T>) / tile_channels, kChain);
+  const int64_t most = std::min<int64_t>(kWeightBytes / sizeof(Sum<T>) / tile_channels, kChunk);
   const int64_t channels = std::max<int64_t>(g.source_channels, 1);
-  g.chunk_channels = int(std::min({channels, most, int64_t(kChunkChannels)}));
-  g.chunk_taps = int(std::min<int64_t>(taps, most / g.chunk_channels));
-  if (g.chunk_taps == taps) g.chunk_channels = int(std::min(channels, most / taps));
+  int64_t chunk_channels = std::min({channels, most, int64_t(kChunkChannels)});
+  g.chunk_taps = equal_parts(taps, most / chunk_channels);
+  if (g.chunk_taps == taps) chunk_channels = std::min<int64_t>(most / taps, kChain);
+  g.chunk_channels = equal_parts(channels, chunk_channels);
+  g.chain_taps = equal_parts(g.chunk_taps, std::max(1, kChain / g.chunk_channels));
   g.targets_fastest = g.weight_target == 1 && g.weight_source != 1;
   g.taps_fastest = !nhwc;
   g.chunk = FastDivisor(g.chunk_taps * g.chunk_channels);
