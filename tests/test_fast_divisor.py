@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_quotients(tmp_path):
     program = tmp_path / "fast_divisor"
-    source = ROOT / "tests/cuda_emulation/fast_divisor.cpp"
+    source = ROOT / "tests/fast_divisor.cpp"
     flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
     flags += ["-fno-sanitize-recover", f"-I{ROOT}/csrc"]
     subprocess.run(["g++", *flags, source, "-o", program], check=True)
