@@ -5,7 +5,7 @@ from emulated_cuda import FORMATS, Kernels, build
 from problems import PROBLEMS
 from reference import FLOATS, HALVES, PASSES, declines, expected, operands
 
-ALGORITHMS = ("direct", "depthwise")
+ALGORITHMS = ("direct", "depthwise", "im2col", "implicit_gemm")
 
 
 @pytest.fixture(scope="module")

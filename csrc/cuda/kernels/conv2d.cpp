@@ -12,6 +12,10 @@ constexpr Conv2dAlgorithm kAlgorithms[] = {
     {"direct", does_all, conv2d_direct, false},
     // One channel a filter: nothing summed over channels, each operand read once.
     {"depthwise", depthwise_declines, conv2d_depthwise, false},
+    // Writes the convolution matrix out, a piece at a time, and multiplies it.
+    {"im2col", conv2d_im2col_declines, conv2d_im2col, false},
+    // Multiplies the convolution matrix without writing it out.
+    {"implicit_gemm", conv2d_implicit_gemm_declines, conv2d_implicit_gemm, false},
 };
 
 }  // namespace

@@ -68,4 +68,12 @@ void conv2d_direct(const Conv2dCall&, Arena&);
 const char* depthwise_declines(const Conv2dCall&);
 void conv2d_depthwise(const Conv2dCall&, Arena&);
 
+// conv2d_im2col.cu
+const char* conv2d_im2col_declines(const Conv2dCall&);
+void conv2d_im2col(const Conv2dCall&, Arena&);
+
+// conv2d_implicit_gemm.cu
+const char* conv2d_implicit_gemm_declines(const Conv2dCall&);
+void conv2d_implicit_gemm(const Conv2dCall&, Arena&);
+
 }  // namespace convext::cuda

@@ -1,0 +1,7 @@
+#include "cuda/kernels/gemm_mma.h"
+
+namespace convext::cuda {
+
+template void multiply_mma<__half>(const Gemm&, const Conv2dCall&);
+
+}  // namespace convext::cuda
