@@ -22,44 +22,56 @@ struct Piece {
   Range images, rows, grad_rows;
 };
 
+// What makes a piece's gradient of the input of its columns.
+template <class Index>
+struct ColumnSums {
+  Divisor<Index> channels, width, rows;  // of the input
+  bool channels_inside;
+  FastDivisor group_channels, stride_height, stride_width;
+  int32_t kernel_height, kernel_width, dilation_height, dilation_width;
+  int32_t top, left;                       // padding, and the input's first row
+  int32_t out_first, out_rows, width_out;  // the output's rows that the piece has
+  int64_t group, pixel, tap, channel;      // distances in the columns
+  int64_t n, c, h, w;                      // and in the gradient
+};
+
 // grad_input(n, c, h, w) = sum over taps (kh, kw) of columns(n, y, x)(c, kh, kw), in this order,
 // each pixel for itself, where y and x are the output's pixels at which a tap meets (h, w).
-template <class T>
+template <class T, class Index>
 __global__ void __launch_bounds__(256)
-    sum_columns_kernel(const Conv2dProblem p, const Planes input, const Piece piece,
-                       bool channels_inside, const Sum<T>* columns, int64_t length, int64_t count) {
-  int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    sum_columns_kernel(const ColumnSums<Index> s, const Sum<T>* columns, T* to, Index count) {
+  Index i = Index(blockIdx.x) * Index(blockDim.x) + Index(threadIdx.x);
   if (i >= count) return;
   // Threads next to each other are at elements next to each other.
-  int64_t channel = 0, w = 0;
-  if (channels_inside) channel = i % p.in_channels, i /= p.in_channels;
-  w = i % p.in_width, i /= p.in_width;
-  const int64_t h = piece.grad_rows.first + i % piece.grad_rows.count;
-  i /= piece.grad_rows.count;
-  if (!channels_inside) channel = i % p.in_channels, i /= p.in_channels;
-  const int64_t n = i, group = channel / input.channels, c = channel % input.channels;
-  const int64_t pixels = piece.images.count * piece.rows.count * p.out_width();
-  const int64_t step = channels_inside ? input.channels : 1;
+  const auto digit = [&](const Divisor<Index>& size) {
+    const auto [quotient, remainder] = size.divide(i);
+    i = quotient;
+    return int32_t(remainder);
+  };
+  int32_t channel = 0;
+  if (s.channels_inside) channel = digit(s.channels);
+  const int32_t w = digit(s.width), h = digit(s.rows);
+  if (!s.channels_inside) channel = digit(s.channels);
+  const int32_t n = int32_t(i);
+  const auto [group, own_channel] = s.group_channels.divide(channel);
+  const Sum<T>* const from = columns + group * s.group + own_channel * s.channel;
   Sum<T> sum = 0;
-  for (int64_t kh = 0; kh < p.kernel_height; ++kh) {
-    const int64_t top = h + p.padding_height - kh * p.dilation_height;
+  for (int32_t kh = 0; kh < s.kernel_height; ++kh) {
+    const int32_t top = h + s.top - kh * s.dilation_height;
     if (top < 0) break;
-    const int64_t y = top / p.stride_height - piece.rows.first;
-    if (top % p.stride_height != 0 || y < 0 || y >= piece.rows.count) continue;
-    for (int64_t kw = 0; kw < p.kernel_width; ++kw) {
-      const int64_t left = w + p.padding_width - kw * p.dilation_width;
+    const auto [out_y, past_y] = s.stride_height.divide(top);
+    const int32_t y = out_y - s.out_first;
+    if (past_y != 0 || y < 0 || y >= s.out_rows) continue;
+    for (int32_t kw = 0; kw < s.kernel_width; ++kw) {
+      const int32_t left = w + s.left - kw * s.dilation_width;
       if (left < 0) break;
-      const int64_t x = left / p.stride_width;
-      if (left % p.stride_width != 0 || x >= p.out_width()) continue;
-      const int64_t pixel = (n * piece.rows.count + y) * p.out_width() + x;
-      const int64_t tap = kh * p.kernel_width + kw;
-      sum += columns[(group * pixels + pixel) * length + tap * step +
-                     c * (channels_inside ? 1 : p.kernel_taps())];
+      const auto [x, past_x] = s.stride_width.divide(left);
+      if (past_x != 0 || x >= s.width_out) continue;
+      sum += from[((int64_t(n) * s.out_rows + y) * s.width_out + x) * s.pixel +
+                  (kh * s.kernel_width + kw) * s.tap];
     }
   }
-  static_cast<T*>(const_cast<void*>(input.from))[(piece.images.first + n) * input.n +
-                                                 channel * input.c + h * input.h + w * input.w] =
-      narrow<T>(sum);
+  to[n * s.n + channel * s.c + h * s.h + w * s.w] = narrow<T>(sum);
 }
 
 class Im2col {
@@ -173,11 +185,11 @@ class Im2col {
       }
       const int64_t count =
           piece.images.count * piece.grad_rows.count * p_.in_width * p_.in_channels;
-      with_element_of(call_.dtype, [&](auto element) {
-        using T = decltype(element);
-        launch(sum_columns_kernel<T>, dim3(ceil_div(count, 256)), dim3(256), 0, call_.stream, p_,
-               input, piece, inside_, static_cast<const Sum<T>*>(columns), taps_, count);
-      });
+      if (count <= INT_MAX - 256) {
+        sum_columns<int32_t>(input, piece, columns, int32_t(count));
+      } else {
+        sum_columns<int64_t>(input, piece, columns, count);
+      }
     });
   }
 
@@ -260,6 +272,34 @@ class Im2col {
         f(Piece{images, {first, std::max<int64_t>(end - first, 0)}, grad_rows});
       }
     }
+  }
+
+  template <class Index>
+  void sum_columns(const Planes& input, const Piece& piece, const void* columns,
+                   Index count) const {
+    ColumnSums<Index> s;
+    s.channels = Divisor<Index>(Index(p_.in_channels));
+    s.width = Divisor<Index>(Index(p_.in_width));
+    s.rows = Divisor<Index>(Index(piece.grad_rows.count));
+    s.channels_inside = inside_;
+    s.group_channels = FastDivisor(int32_t(input.channels));
+    // No coordinate is as large as the largest that is left.
+    s.stride_height = FastDivisor(int32_t(std::min<int64_t>(p_.stride_height, INT_MAX / 2)));
+    s.stride_width = FastDivisor(int32_t(std::min<int64_t>(p_.stride_width, INT_MAX / 2)));
+    s.kernel_height = int32_t(p_.kernel_height), s.kernel_width = int32_t(p_.kernel_width);
+    s.dilation_height = int32_t(p_.dilation_height), s.dilation_width = int32_t(p_.dilation_width);
+    s.top = int32_t(piece.grad_rows.first + p_.padding_height), s.left = int32_t(p_.padding_width);
+    s.out_first = int32_t(piece.rows.first), s.out_rows = int32_t(piece.rows.count);
+    s.width_out = int32_t(p_.out_width());
+    s.group = pixels(piece) * taps_, s.pixel = taps_;
+    s.tap = inside_ ? input.channels : 1, s.channel = inside_ ? 1 : p_.kernel_taps();
+    s.n = input.n, s.c = input.c, s.h = input.h, s.w = input.w;
+    void* const to = at(input.from, piece.images.first * input.n + piece.grad_rows.first * input.h);
+    with_element_of(call_.dtype, [&](auto element) {
+      using T = decltype(element);
+      launch(sum_columns_kernel<T, Index>, dim3(ceil_div(count, 256)), dim3(256), 0, call_.stream,
+             s, static_cast<const Sum<T>*>(columns), static_cast<T*>(to), count);
+    });
   }
 
   // ------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class ImplicitGemm {
     g.out.rows = Axis::line(p_.group_out_channels(), weight.n);
     g.out.columns = places(weight, input.channels, weight.c, {0, 1, weight.height},
                            {0, 1, weight.width}, inside_);
-    g.out.columns.a_end = uint32_t(weight.channels);
+    g.out.columns.a_end = int32_t(weight.channels);
     g.out.height = int32_t(weight.height), g.out.width = int32_t(weight.width);
     g.out.vectors_of_columns = weight.vectors(store_wide());
     cut(g, call_.dtype, unit_);
@@ -140,7 +140,7 @@ class ImplicitGemm {
                   places(weight, grad_output.channels, weight.n, {h.tap, h.tap_step, h.taps},
                          {w.tap, w.tap_step, w.taps}, inside_),
                   !inside_, vectors);
-    g.b.k.a_end = uint32_t(p_.group_out_channels());
+    g.b.k.a_end = int32_t(p_.group_out_channels());
     g.out = pixels_of(input,
                       places(input, p_.batch, input.n, {h.first, p_.stride_height, h.pixels},
                              {w.first, p_.stride_width, w.pixels}, false),
@@ -170,7 +170,7 @@ class ImplicitGemm {
     g.out.columns =
         places(input, weight.channels, input.c, {0, p_.dilation_height, p_.kernel_height},
                {0, p_.dilation_width, p_.kernel_width}, inside_);
-    g.out.columns.a_end = uint32_t(input.channels);
+    g.out.columns.a_end = int32_t(input.channels);
     g.out.height = int32_t(input.height), g.out.width = int32_t(input.width);
     g.out.vectors_of_columns = input.vectors(store_wide());
     g.out.along_rows = call_.layout == Layout::nchw;

@@ -81,8 +81,9 @@ inline Axis places(const Planes& planes, int64_t a_count, int64_t a, Steps h, St
                    bool rotated) {
   Axis axis;
   axis.count = uint32_t(a_count * h.count * w.count);
-  axis.middle = Divisor::by(rotated ? w.count : h.count);
-  axis.inner = Divisor::by(rotated ? a_count : w.count);
+  // Of an axis without elements too, which divides nothing.
+  axis.middle = FastDivisor(int32_t(std::max<int64_t>(rotated ? w.count : h.count, 1)));
+  axis.inner = FastDivisor(int32_t(std::max<int64_t>(rotated ? a_count : w.count, 1)));
   axis.rotated = rotated;
   axis.base = h.first * planes.h + w.first * planes.w;
   axis.a = a;

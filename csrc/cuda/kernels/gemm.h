@@ -3,32 +3,15 @@
 // matrix, which therefore need not be written out.
 #pragma once
 
-#include <bit>
 #include <climits>
 #include <cstdint>
 
 #include "common/arena.h"
 #include "cuda/kernels/conv2d.h"
 #include "cuda/kernels/element.h"
+#include "cuda/kernels/fast_divisor.h"
 
 namespace convext::cuda {
-
-// Divides by a number known to the host: numerators below 2^31. Granlund and Montgomery, "Division
-// by Invariant Integers using Multiplication" (1994), figure 4.1.
-struct Divisor {
-  uint32_t number = 1, factor = 1, shift = 0;
-
-  static constexpr Divisor by(int64_t number) {
-    const uint32_t d = uint32_t(number > 0 ? number : 1);
-    const uint32_t shift = d > 1 ? uint32_t(std::bit_width(d - 1)) : 0;
-    const uint64_t factor = ((uint64_t(1) << 32) * ((uint64_t(1) << shift) - d)) / d + 1;
-    return {d, uint32_t(factor), shift};
-  }
-
-  __device__ uint32_t operator()(uint32_t n) const {
-    return uint32_t((uint64_t(n) * factor >> 32) + n) >> shift;
-  }
-};
 
 // What a row, or a k, adds to an element's place: an offset in elements, and a row and a column of
 // the image. Outside of the image elements are zeros.
@@ -40,14 +23,14 @@ struct alignas(16) Place {
 // An h that no other can bring into an image, nor two of them together.
 constexpr int32_t kNowhere = -(1 << 30);
 
-// Places of the indices 0 to count, in three digits: index + first = (d0 * middle + d1) * inner +
-// d2. They are (a, i, j), or (i, j, a) where rotated: a counts images or channels, i and j go along
-// the height and width of an image.
+// Places of the indices 0 to count, in three digits: index = (d0 * middle + d1) * inner + d2. They
+// are (a, i, j), or (i, j, a) where rotated: a counts images or channels, i and j go along the
+// height and width of an image.
 struct Axis {
-  uint32_t count = 0, first = 0;
-  Divisor middle, inner;
+  uint32_t count = 0;
+  FastDivisor middle, inner;
   bool rotated = false;
-  uint32_t a_end = UINT_MAX;  // of a, at most; what is above is nowhere
+  int32_t a_end = INT_MAX;  // of a, at most; what is above is nowhere
   int64_t base = 0, a = 0, i = 0, j = 0;
   int32_t h = 0, h_step = 0, w = 0, w_step = 0;
 
@@ -61,12 +44,11 @@ struct Axis {
 
   __device__ Place at(uint32_t index) const {
     if (index >= count) return {0, kNowhere, 0};
-    index += first;
-    const uint32_t upper = inner(index), d2 = index - upper * inner.number;
-    const uint32_t d0 = middle(upper), d1 = upper - d0 * middle.number;
-    const uint32_t at_a = rotated ? d2 : d0, at_i = rotated ? d0 : d1, at_j = rotated ? d1 : d2;
-    return {base + int64_t(at_a) * a + int64_t(at_i) * i + int64_t(at_j) * j,
-            at_a < a_end ? h + int32_t(at_i) * h_step : kNowhere, w + int32_t(at_j) * w_step};
+    const auto [upper, d2] = inner.divide(int32_t(index));
+    const auto [d0, d1] = middle.divide(upper);
+    const int32_t at_a = rotated ? d2 : d0, at_i = rotated ? d0 : d1, at_j = rotated ? d1 : d2;
+    return {base + at_a * a + at_i * i + at_j * j, at_a < a_end ? h + at_i * h_step : kNowhere,
+            w + at_j * w_step};
   }
 };
 
