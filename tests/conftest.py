@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from emulated_cuda import Kernels, build, cuda_include
 from problems import PROBLEMS, Conv2dProblem
 from reference import declines
 
@@ -94,6 +95,14 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory) -> Kernels:
+    """The CUDA kernels on the CPU, compiled once."""
+    if cuda_include() is None:
+        pytest.skip("CUDA's headers are not here")
+    return Kernels(build(tmp_path_factory.mktemp("cuda_kernels")))
 
 
 @pytest.fixture

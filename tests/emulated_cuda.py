@@ -7,6 +7,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from problems import Conv2dProblem
@@ -54,6 +55,50 @@ def pointers(tensors: list[Tensor | None]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(t if t is None else t.data_ptr() for t in tensors))
 
 
+def described(
+    p: Conv2dProblem,
+    conv_pass: str,
+    dtype: torch.dtype,
+    layout: str,
+    tf32: bool,
+    compute_capability: int,
+) -> tuple:
+    """A call without its operands, as the C functions take it."""
+    sizes = (p.N, p.C, p.H, p.W, p.O, *p.kernel, *p.stride, *p.padding, *p.dilation, p.groups)
+    return (
+        PASSES.index(conv_pass),
+        DTYPES.index(dtype),
+        list(FORMATS).index(layout),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        tf32,
+        compute_capability,
+    )
+
+
+class Epilogue(NamedTuple):
+    """What a forward pass does to its results, besides the bias."""
+
+    relu_before: bool = False
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    relu_after: bool = False
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """By PyTorch."""
+        if self.relu_before:
+            y = y.relu()
+        if self.scale is not None:
+            shift, scale, offset = (
+                t.to(y.dtype)[:, None, None] for t in (self.shift, self.scale, self.offset)
+            )
+            y = (y - shift) * scale + offset
+        return y.relu() if self.relu_after else y
+
+
+NO_EPILOGUE = Epilogue()
+
+
 class Kernels:
     """The library, its functions taking tensors on the CPU."""
 
@@ -61,6 +106,8 @@ class Kernels:
         self._c = ctypes.CDLL(str(library))
         self._c.convext_cuda_algorithm.restype = ctypes.c_char_p
         self._c.convext_cuda_conv2d.restype = ctypes.c_char_p
+        self._c.convext_cuda_auto.restype = ctypes.c_char_p
+        self._c.convext_cuda_auto_row.restype = ctypes.c_char_p
 
     @cache  # noqa: B019, one object for the whole process
     def algorithms(self) -> tuple[str, ...]:
@@ -76,6 +123,7 @@ class Kernels:
         layout: str = "contiguous",
         tf32: bool = False,
         compute_capability: int = 90,
+        epilogue: Epilogue = NO_EPILOGUE,
     ) -> Tensor | str:
         """One pass, or the reason for which the algorithm declines."""
         format = FORMATS[layout]
@@ -100,20 +148,17 @@ class Kernels:
         output = torch.full(size, float("nan"), dtype=dtype).contiguous(memory_format=format)
         if output.numel() == 0:
             return output
-        sizes = (p.N, p.C, p.H, p.W, p.O, *p.kernel, *p.stride, *p.padding, *p.dilation, p.groups)
         declined = self._c.convext_cuda_conv2d(
             algorithm.encode(),
-            PASSES.index(conv_pass),
-            DTYPES.index(dtype),
-            list(FORMATS).index(layout),
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            tf32,
-            compute_capability,
+            *described(p, conv_pass, dtype, layout, tf32, compute_capability),
             *(
                 ctypes.c_void_p(read[name].data_ptr()) if name in read else None
                 for name in ("input", "weight", "bias", "grad_output")
             ),
             ctypes.c_void_p(output.data_ptr()),
+            epilogue.relu_before,
+            pointers([epilogue.shift, epilogue.scale, epilogue.offset]),
+            epilogue.relu_after,
         )
         return output if declined is None else declined.decode()
 
@@ -193,6 +238,28 @@ class Kernels:
             pointers([*given, data.bias, *norm, activation, output]),
         )
         return output, activation
+
+    def auto(
+        self,
+        p: Conv2dProblem,
+        conv_pass: str,
+        dtype: torch.dtype,
+        layout: str = "contiguous",
+        tf32: bool = False,
+        compute_capability: int = 90,
+    ) -> tuple[str, str]:
+        """What "auto" takes, and why."""
+        reason = ctypes.c_char_p()
+        call = described(p, conv_pass, dtype, layout, tf32, compute_capability)
+        name = self._c.convext_cuda_auto(*call, ctypes.byref(reason))
+        return name.decode(), reason.value.decode()
+
+    def auto_rows(self) -> list[tuple[str, str]]:
+        """Its table: algorithms, and reasons for them."""
+        rows, reason = [], ctypes.c_char_p()
+        while name := self._c.convext_cuda_auto_row(len(rows), ctypes.byref(reason)):
+            rows.append((name.decode(), reason.value.decode()))
+        return rows
 
     def merge_moments(self, partial: Tensor, part_rows: int, rows: int) -> tuple[Tensor, Tensor]:
         """Means and sums of squared deviations from those of the parts, [part][2][channel]."""

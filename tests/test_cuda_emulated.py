@@ -1,16 +1,11 @@
 """The CUDA kernels, by the emulator, on the CPU kernels' problems."""
 
 import pytest
-from emulated_cuda import FORMATS, Kernels, build
+from emulated_cuda import FORMATS
 from problems import PROBLEMS
 from reference import FLOATS, HALVES, PASSES, declines, expected, operands
 
 ALGORITHMS = ("direct", "depthwise", "im2col", "implicit_gemm")
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> Kernels:
-    return Kernels(build(tmp_path_factory.mktemp("cuda_emulated")))
 
 
 @pytest.mark.parametrize("cuda_algorithm", ALGORITHMS)

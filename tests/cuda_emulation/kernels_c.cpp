@@ -5,6 +5,7 @@
 #include "common/conv_block_problem.h"
 #include "cuda/kernels/batch_norm.h"
 #include "cuda/kernels/conv2d.h"
+#include "cuda/kernels/conv2d_choice.h"
 #include "cuda/kernels/conv_block.h"
 #include "cuda/kernels/moments.h"
 
@@ -58,6 +59,20 @@ const cuda::Conv2dAlgorithm kWithMoments{"direct with moments", nullptr,
                                          },
                                          true};
 
+// Without operands. `sizes` are Conv2dProblem's members in order; pass, dtype and layout the
+// enumerators' values.
+cuda::Conv2dCall call_of(int pass, int dtype, int layout, const int64_t* sizes, int tf32,
+                         int compute_capability) {
+  cuda::Conv2dCall call{};
+  call.problem = problem_of(sizes);
+  call.pass = Conv2dPass(pass);
+  call.dtype = DType(dtype);
+  call.layout = Layout(layout);
+  call.tf32 = tf32;
+  call.compute_capability = compute_capability;
+  return call;
+}
+
 }  // namespace
 
 extern "C" {
@@ -70,26 +85,26 @@ const char* convext_cuda_algorithm(int index) {
   return cuda::conv2d_algorithm(index).name;
 }
 
-// Runs one pass. `sizes` are Conv2dProblem's members in order; pass, dtype and layout the
-// enumerators' values. Returns null, or the reason for which the algorithm declines.
+// Runs one pass. `map` is the epilogue's shift, scale and offset. Returns null, or the reason for
+// which the algorithm declines.
 const char* convext_cuda_conv2d(const char* algorithm, int pass, int dtype, int layout,
                                 const int64_t* sizes, int tf32, int compute_capability,
                                 const void* input, const void* weight, const void* bias,
-                                const void* grad_output, void* output) {
+                                const void* grad_output, void* output, int relu_before,
+                                const void* const* map, int relu_after) {
   const cuda::Conv2dAlgorithm* chosen = cuda::find_conv2d_algorithm(algorithm);
   if (!chosen) return "no algorithm has this name";
-  cuda::Conv2dCall call{};
-  call.problem = problem_of(sizes);
-  call.pass = Conv2dPass(pass);
-  call.dtype = DType(dtype);
-  call.layout = Layout(layout);
+  cuda::Conv2dCall call = call_of(pass, dtype, layout, sizes, tf32, compute_capability);
   call.input = input;
   call.weight = weight;
   call.bias = bias;
   call.grad_output = grad_output;
   call.output = output;
-  call.tf32 = tf32;
-  call.compute_capability = compute_capability;
+  call.epilogue.relu_before = relu_before;
+  call.epilogue.shift = map[0];
+  call.epilogue.scale = map[1];
+  call.epilogue.offset = map[2];
+  call.epilogue.relu_after = relu_after;
   if (const char* reason = chosen->declines(call)) return reason;
   run_with_workspace([&](Arena& arena) { chosen->run(call, arena); });
   return nullptr;
@@ -153,6 +168,23 @@ void convext_cuda_conv_block(const char* algorithm, int training, int relu, int 
   run_with_workspace([&](Arena& arena) {
     training ? cuda::conv_block_train(call, arena) : cuda::conv_block_eval(call, arena);
   });
+}
+
+// What "auto" takes.
+const char* convext_cuda_auto(int pass, int dtype, int layout, const int64_t* sizes, int tf32,
+                              int compute_capability, const char** reason) {
+  const cuda::Conv2dChoice choice = cuda::choose_conv2d_algorithm(
+      call_of(pass, dtype, layout, sizes, tf32, compute_capability), false);
+  *reason = choice.reason;
+  return choice.algorithm->name;
+}
+
+// A row of its table; null past the last.
+const char* convext_cuda_auto_row(int index, const char** reason) {
+  if (index >= cuda::conv2d_choice_count()) return nullptr;
+  const cuda::Conv2dChoiceRow& row = cuda::conv2d_choice(index);
+  *reason = row.reason;
+  return row.algorithm.data();  // of a literal
 }
 
 // As merge_moments does, in double (1) or float (0).
