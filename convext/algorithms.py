@@ -1,5 +1,6 @@
 """Which algorithms there are, which ran, and what the library was built for."""
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,17 @@ def algorithms(device: torch.device | str = "cpu") -> tuple[str, ...]:
         ValueError: a device for which this build has no kernels.
     """
     kind = torch.device(device).type
-    if kind != "cpu":
-        raise ValueError(f"device: this build of convext has kernels for 'cpu', not for {kind!r}")
-    return _C.cpu_algorithms()
+    names = _by_device().get(kind)
+    if names is None:
+        kinds = " and ".join(map(repr, _by_device()))
+        raise ValueError(f"device: this build of convext has kernels for {kinds}, not for {kind!r}")
+    return names
+
+
+def _by_device() -> dict[str, tuple[str, ...]]:
+    """Of the devices that this build has kernels for."""
+    listed = {"cpu": _C.cpu_algorithms(), "cuda": _C.cuda_algorithms()}
+    return {kind: names for kind, names in listed.items() if names is not None}
 
 
 def last_algorithm() -> OfEachPass:
@@ -50,5 +59,6 @@ def build_info() -> dict[str, object]:
 
 def check_algorithm_name(name: str) -> None:
     """Raise ValueError for a name that no device knows."""
-    if name not in ("auto", "auto+winograd", *algorithms()):
-        raise ValueError(f"algorithm must be 'auto' or one of {algorithms()}, got {name!r}")
+    known = tuple(dict.fromkeys(chain.from_iterable(_by_device().values())))
+    if name not in ("auto", "auto+winograd", *known):
+        raise ValueError(f"algorithm must be 'auto' or one of {known}, got {name!r}")

@@ -15,6 +15,10 @@
 #include "cpu/kernels/isa.h"
 #include "cpu/kernels/peak.h"
 #include "cpu/run_kernel.h"
+#ifdef CONVEXT_CUDA_VERSION
+#include "cuda/kernels/conv2d.h"
+#include "cuda/kernels/conv2d_choice.h"
+#endif
 #include "eager_call.h"
 #include "last_algorithm.h"
 
@@ -36,12 +40,24 @@ std::string joined(const py::tuple& names) {
   return py::str(", ").attr("join")(names).cast<std::string>();
 }
 
-py::tuple cpu_algorithms() {
+template <class Algorithm>
+py::tuple names_of_algorithms(int count, const Algorithm& (*algorithm)(int)) {
   py::list names;
-  for (int i = 0; i < cpu::conv2d_algorithm_count(); ++i) {
-    names.append(cpu::conv2d_algorithm(i).name);
-  }
+  for (int i = 0; i < count; ++i) names.append(algorithm(i).name);
   return py::tuple(names);
+}
+
+py::object cpu_algorithms() {
+  return names_of_algorithms(cpu::conv2d_algorithm_count(), &cpu::conv2d_algorithm);
+}
+
+// None where this build has none.
+py::object cuda_algorithms() {
+#ifdef CONVEXT_CUDA_VERSION
+  return names_of_algorithms(cuda::conv2d_algorithm_count(), &cuda::conv2d_algorithm);
+#else
+  return py::none();
+#endif
 }
 
 void set_cpu_isa(const std::string& name) {
@@ -91,13 +107,23 @@ py::tuple of_each_pass(const char* (*known)(Conv2dPass)) {
                         known(Conv2dPass::backward_weight));
 }
 
-py::tuple auto_rows() {
+template <class Row>
+py::tuple rows_of_choice(int count, const Row& (*row)(int)) {
   py::list rows;
-  for (int i = 0; i < cpu::conv2d_choice_count(); ++i) {
-    const cpu::Conv2dChoiceRow& row = cpu::conv2d_choice(i);
-    rows.append(py::make_tuple(row.algorithm, row.reason));
-  }
+  for (int i = 0; i < count; ++i) rows.append(py::make_tuple(row(i).algorithm, row(i).reason));
   return py::tuple(rows);
+}
+
+py::object auto_rows() {
+  return rows_of_choice(cpu::conv2d_choice_count(), &cpu::conv2d_choice);
+}
+
+py::object cuda_auto_rows() {
+#ifdef CONVEXT_CUDA_VERSION
+  return rows_of_choice(cuda::conv2d_choice_count(), &cuda::conv2d_choice);
+#else
+  return py::none();
+#endif
 }
 
 int64_t fma_loop(bool double_precision, int64_t steps, int64_t tasks) {
@@ -127,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), eager_calls()) != 0) throw py::error_already_set();
   m.def("build_info", &build_info);
   m.def("cpu_algorithms", &cpu_algorithms);
+  m.def("cuda_algorithms", &cuda_algorithms);
   m.def("cpu_isas", [] { return names_of_isas(true); });
   m.def("cpu_isa", [] { return cpu::kernels().name; });
   m.def("set_cpu_isa", &set_cpu_isa);
@@ -134,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_algorithms", [] { return of_each_pass(&last_algorithm); });
   m.def("last_reasons", [] { return of_each_pass(&last_reason); });
   m.def("auto_rows", &auto_rows);
+  m.def("cuda_auto_rows", &cuda_auto_rows);
 
   py::class_<cpu::MeasuredTimes, std::shared_ptr<cpu::MeasuredTimes>>(m, "MeasuredTimes")
       .def(py::init<>())

@@ -1,5 +1,7 @@
 #include "cpu/autotune.h"
 
+#include <ATen/Functions.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -8,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/glue.h"
 #include "cpu/kernels/conv2d_choice.h"
 #include "cpu/run_kernel.h"
 
