@@ -19,11 +19,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # With its folders, whose times tell that a file was added or removed.
 CSRC := $(shell find csrc)
 NO_DEPS := tests/requirements-no-deps.txt
+NVCC := tests/requirements-nvcc.txt
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help train test test-fast bench bench-kernels lint format clean FORCE
+.PHONY: cuda-check cuda-emulate gpu-test gpu-bench gpu-report
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -42,6 +44,22 @@ bench: $(VENV)/.built ## our kernels beside PyTorch's
 
 bench-kernels: $(VENV)/.built ## each kernel by itself, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks/kernels.py $(ARGS)
+
+cuda-check: $(VENV)/.built ## compile the CUDA half, without a GPU; nvcc is installed where none is
+	$(BIN)/python tests/cuda_check.py --find || $(PIP) install --no-deps -r $(NVCC)
+	$(BIN)/python tests/cuda_check.py --jobs $(MAX_JOBS) $(ARGS)
+
+cuda-emulate: $(VENV)/.built ## the CUDA kernels on the CPU, the whole list of problems
+	CONVEXT_EMULATE=all $(BIN)/python -m pytest tests/test_cuda_emulated.py $(ARGS)
+
+gpu-test: $(VENV)/.built ## every test, those of a GPU too, which must be there
+	CONVEXT_TEST_DEVICE=cuda $(BIN)/python -m pytest $(ARGS)
+
+gpu-bench: $(VENV)/.built ## our CUDA kernels beside cuDNN's
+	$(BIN)/python -m convext bench --device cuda $(ARGS)
+
+gpu-report: ## all there is to see on a GPU, in ten minutes, with the PYTHON and torch that are there
+	$(PYTHON) tests/gpu_report.py $(ARGS)
 
 lint: $(VENV)/.built ## check style and format, change nothing
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ MAX_JOBS              parallel compilations; unset means one for each core
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,21 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.errors import CompileError
+
+
+def cuda_home() -> str | None:
+    """The folder of nvcc and its headers. torch takes any that an nvcc is in, also where that is
+    a script in /usr/local/bin which starts another.
+    """
+    found = shutil.which("nvcc")
+    homes = [Path(found).resolve().parents[1]] if found else []
+    headers = Path("include/cuda_runtime_api.h")
+    complete = (home for home in [*homes, Path("/usr/local/cuda")] if (home / headers).is_file())
+    return next(map(str, complete), None)
+
+
+if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and cuda_home():
+    os.environ["CUDA_HOME"] = cuda_home()  # read by the import
 
 try:
     import torch
@@ -40,7 +56,9 @@ CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0")
 # the same bits whatever the compiler. Hidden symbols: nothing but the module's init is exported.
 # C++20 is torch's own standard since some release; ours, for comparisons written by the compiler.
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
+# The same of nvcc. -lineinfo: profilers and compute-sanitizer name our lines.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
+NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
 # clang's -fopenmp calls libomp, which a torch made with GCC does not load; hence the refusal.
 OPENMP_PROBE = """
 #if defined(__clang__) && !defined(__APPLE__)
@@ -112,6 +130,8 @@ def extension() -> Extension:
     made.define_macros = [("CONVEXT_TORCH_VERSION", f'"{torch.__version__}"')]
     if with_cuda:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs())
+        # Asked for here, for torch adds none to a command that has "arch" anywhere, in a path too.
+        made.extra_compile_args["nvcc"] += cpp_extension._get_cuda_arch_flags([])
         made.define_macros += [
             ("CONVEXT_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("CONVEXT_CUDA_ARCHS", f'"{archs}"'),

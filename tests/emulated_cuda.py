@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cuda_toolkit import cuda_include
 from problems import Conv2dProblem
 from reference import PASSES, Operands
 from torch import Tensor
@@ -20,13 +21,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as DTy
 BATCH_NORMS = ("train", "eval", "backward of train", "backward of eval", "sum of a bias")
 RELUS = ("none", "before the norm", "after the norm")  # as Relu counts them
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def cuda_include() -> Path | None:
-    """The folder of cuda_fp16.h and its like, which are headers of the host compiler's too."""
-    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    found = [Path(place, "include") for place in places if place]
-    return next((path for path in found if (path / "cuda_fp16.h").is_file()), None)
 
 
 def build(folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:

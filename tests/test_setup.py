@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_check
 import pytest
 import setuptools
 import torch
@@ -100,7 +101,19 @@ def test_default_archs_are_those_nvcc_knows(extension, cuda, known, expected):
 
 def test_named_archs_are_kept(extension, cuda, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
-    assert ("CONVEXT_CUDA_ARCHS", '"9.0a"') in extension().define_macros
+    module = extension()
+    assert ("CONVEXT_CUDA_ARCHS", '"9.0a"') in module.define_macros
+    flags = module.extra_compile_args["nvcc"]
+    assert [flag for flag in flags if "-gencode" in flag] == [
+        "-gencode=arch=compute_90a,code=sm_90a"
+    ]
+
+
+def test_kernels_are_compiled_as_cuda_check_does(extension, cuda):
+    # What it shows of registers and spills is then true of what is shipped.
+    flags = extension().extra_compile_args["nvcc"]
+    assert set(cuda_check.FLAGS) - set(cuda_check.TORCHS) <= set(flags)
+    assert set(cuda_check.TORCHS) == {f for f in cpp_extension.COMMON_NVCC_FLAGS if "-D" in f}
 
 
 def without_nvcc(monkeypatch, tree):
