@@ -64,6 +64,11 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--layers", choices=("convext", "torch"), help="whose layers (default: convext)")
     add("--algorithm", metavar="NAME", help="of the convolutions (default: auto)")
     add(
+        "--device",
+        choices=("cpu", "cuda", "auto"),
+        help="auto is cuda where torch finds a GPU and convext has kernels for it (default: auto)",
+    )
+    add(
         "--devices",
         type=int,
         metavar="N",
@@ -80,8 +85,8 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add(
         "--resume",
         metavar="RUN",
-        help="go on with this run (folder or checkpoint) up to --epochs; --devices and "
-        "--threads may differ, the other options are the run's own",
+        help="go on with this run (folder or checkpoint) up to --epochs; --device, --devices "
+        "and --threads may differ, the other options are the run's own",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -112,6 +117,12 @@ def _bench(commands: argparse._SubParsersAction) -> None:
     add("--passes", **several, help="forward, grad_input, grad_weight, eval, ... (default: all)")
     add("--layouts", **several, help="NCHW, channels_last (default: both)")
     add("--dtypes", **several, help="float32, float64, bfloat16, float16 (default: float32)")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda measures on a GPU beside cuDNN, and knows tf32 as a dtype (default: cpu)",
+    )
     add("--threads", nargs="+", default=[], type=int, metavar="N", help="(default: 1)")
     add("--algorithms", **several, help="to time besides auto (default: none)")
     add("--match", default="", metavar="TEXT", help="only layers whose name has it: '3x3 s2'")

@@ -38,7 +38,10 @@ NORM_PASSES = ("forward", "eval", "backward")
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: `make(dtype, memory_format)` gives the calls by their names."""
+    """What is compared: `make(dtype, memory_format)` gives the calls by their names.
+
+    Their tensors are on the default device, as `with torch.device("cuda")` sets it.
+    """
 
     group: str
     part: str  # of the group: what has a goal of its own
@@ -52,6 +55,16 @@ class Case:
     flops: int = 0  # a multiplication and an addition being two; 0 where nobody counts
     elements: int = 0  # read once and written once
     quick: bool = True  # also part of the quick selection
+
+
+def is_stock(name: str) -> bool:
+    """Whether a call is PyTorch's."""
+    return name.startswith(STOCK)
+
+
+def algorithms() -> tuple[str, ...]:
+    """Of the device on which tensors are made."""
+    return convext.algorithms(torch.get_default_device())
 
 
 def is_winograd(name: str) -> bool:
@@ -105,7 +118,7 @@ def _conv2d_cases(group: str, layers: list[Layer], biased: bool) -> Iterator[Cas
 def _may_be_winograds(p: Conv2dProblem) -> bool:
     """Whether a Winograd algorithm of this build may be able to do it."""
     dense = p.kernel == (3, 3) and p.stride == (1, 1) and p.groups == 1
-    return dense and any(map(is_winograd, convext.algorithms()))
+    return dense and any(map(is_winograd, algorithms()))
 
 
 def _product(size: tuple[int, ...]) -> int:
@@ -125,7 +138,7 @@ def conv2d_calls(
         for size in (problem.input_size, problem.weight_size, problem.output_size)
     )
     bias = _random((problem.O,), dtype) if biased else None
-    names = (AUTO, WINOGRAD, *convext.algorithms())
+    names = (AUTO, WINOGRAD, *algorithms())
     ops, aten = torch.ops.convext, torch.ops.aten
     stride, padding, dilation, groups = settings = problem.settings
     if conv_pass == "forward":
@@ -210,4 +223,5 @@ def batch_norm_calls(
 
 def _random(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(_product(size))
-    return torch.randn(size, generator=generator).to(dtype)
+    values = torch.randn(size, generator=generator, device="cpu")
+    return values.to(torch.get_default_device(), dtype)

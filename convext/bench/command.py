@@ -7,7 +7,7 @@ from argparse import Namespace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from convext.bench import report
+from convext.bench import gpu, report
 from convext.bench.goals import judge
 from convext.bench.machine import describe
 from convext.bench.results import Row
@@ -26,7 +26,7 @@ def bench(args: Namespace) -> None:
         from convext.bench import plots
 
         folder = writable_folder(Path(args.report).expanduser(), "--report")
-    usual = QUICK if args.quick else Effort()
+    usual = gpu.EFFORT if args.device == "cuda" else QUICK if args.quick else Effort()
     selection = Selection(
         groups=args.groups,
         passes=args.passes,
@@ -37,10 +37,11 @@ def bench(args: Namespace) -> None:
         match=args.match,
         batch=args.batch,
         quick=args.quick,
+        device=args.device,
         effort=usual if args.rounds is None else Effort(args.rounds, usual.sample, usual.seconds),
     ).checked()
     command = shlex.join(["convext", *args.given])
-    machine = describe()
+    machine = describe(args.device)
     run = Run(selection)
     rows: list[Row] = []
     interrupted = False

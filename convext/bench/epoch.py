@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from convext.bench.results import NCHW, Row
+from convext.bench.results import NCHW, ON_GPU, Row
 from convext.errors import UserError
 
 
@@ -34,7 +34,12 @@ def _train_seconds(layers: str, threads: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         command = [sys.executable, "-m", "convext", "train", "--epochs", "1", "--data", "mnist"]
-        command += ["--layers", layers, "--threads", str(threads), "--out", str(run)]
+        command += ["--layers", layers, "--out", str(run)]
+        command += (
+            ["--device", "cuda"]
+            if threads == ON_GPU
+            else ["--device", "cpu", "--threads", str(threads)]
+        )
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"epoch: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from convext.bench.cases import AUTO, CONV_PASSES, WINOGRAD, is_winograd
+from convext.bench.cases import AUTO, CONV_PASSES, WINOGRAD, is_stock, is_winograd
 from convext.bench.layers import WINOGRAD_LARGE, WINOGRAD_SMALL
 from convext.bench.models import BLOCK
 from convext.bench.results import (
     BETTER,
     CHANNELS_LAST,
     NCHW,
+    ON_GPU,
     Row,
     geometric_mean,
     regret,
@@ -23,7 +24,7 @@ NOISE = 0.03  # by which a figure for several threads may lie below the one for 
 
 @dataclass(frozen=True)
 class Goal:
-    """A geometric mean over all float32 cases of some parts of some groups."""
+    """A geometric mean over all float32 cases of some parts of some groups, on the CPU."""
 
     title: str
     what: str  # the pass
@@ -40,6 +41,7 @@ class Goal:
             and (not self.parts or row.part in self.parts)
             and row.what == self.what
             and row.dtype == "float32"
+            and row.threads != ON_GPU
         )
 
 
@@ -153,7 +155,9 @@ def auto_regret(rows: Iterable[Row], allowing_winograd: bool = False) -> float:
         names = [
             name
             for name in row.ours
-            if name not in (AUTO, WINOGRAD) and (allowing_winograd or not is_winograd(name))
+            if name not in (AUTO, WINOGRAD)
+            and not is_stock(name)
+            and (allowing_winograd or not is_winograd(name))
         ]
         auto = WINOGRAD if allowing_winograd else AUTO
         values += [regret(row, layout, names, auto) for layout in row.ours.get(auto, {})]

@@ -90,7 +90,7 @@ def _repeats(call: Call) -> int:
     return max(1, round(_SAMPLE / seconds(call, 3)))
 
 
-def describe() -> dict[str, object]:
+def describe(device: str = "cpu") -> dict[str, object]:
     """What a reader must know of the machine and the software to judge the figures."""
     built = build_info()
     return {
@@ -105,7 +105,14 @@ def describe() -> dict[str, object]:
         "torch": torch.__version__,
         "onednn": _onednn_version(),
         "python": platform.python_version(),
+        **(_describe_gpu() if device == "cuda" else {}),
     }
+
+
+def _describe_gpu() -> dict[str, object]:
+    from convext.bench import gpu
+
+    return gpu.describe()
 
 
 def _usable_cores() -> int:

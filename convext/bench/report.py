@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
-from convext.bench.cases import AUTO, WINOGRAD, is_winograd
+from convext.bench.cases import AUTO, WINOGRAD, is_stock, is_winograd
 from convext.bench.goals import NOISE, REGRET, Verdict, auto_regret, judge
 from convext.bench.machine import Peaks
-from convext.bench.results import BETTER, SAME, Row, geometric_mean, regret
+from convext.bench.results import BETTER, ON_GPU, SAME, Row, geometric_mean, regret
 from convext.bench.timing import spread
 
 LEGEND = (
@@ -99,9 +99,9 @@ def label(name: str) -> str:
 
 
 def our_names(rows: Iterable[Row]) -> list[str]:
-    """Names of our calls, in the order of their first appearance, Winograd last."""
+    """Names of our calls, in the order of their first appearance, then Winograd's and PyTorch's."""
     names = dict.fromkeys(name for row in rows for name in (*row.ours, *row.declined))
-    return sorted(names, key=lambda name: name == WINOGRAD)
+    return sorted(names, key=lambda name: (is_stock(name), name == WINOGRAD))
 
 
 def layouts(rows: Iterable[Row]) -> list[str]:
@@ -120,7 +120,8 @@ def summary(rows: Sequence[Row]) -> str:
     collected: dict[tuple, list[Row]] = {}
     for row in rows:
         title = f"{row.group}, {row.part}" if row.part else row.group
-        collected.setdefault((title, row.what, row.dtype, row.threads), []).append(row)
+        key = (title, row.what, row.dtype, row.threads or "GPU")
+        collected.setdefault(key, []).append(row)
     for key, members in collected.items():
         for name in our_names(members):
             held = [row for row in members if name in row.ours]
@@ -157,7 +158,7 @@ def networks(rows: Sequence[Row]) -> str:
             )
             title = key[0] if name == AUTO else f"{key[0]}, {label(name)}"
             times = [f"{1e3 * stock:.3g}", f"{1e3 * ours:.3g}", f"{stock / ours:.2f}"]
-            lines.append(_line([title, *key[1:], *times]))
+            lines.append(_line([title, *key[1:3], key[3] or "GPU", *times]))
     return "\n".join(lines) + "\n" if found else ""
 
 
@@ -185,7 +186,7 @@ def goals(verdicts: Iterable[Verdict]) -> str:
 
 def regrets(rows: Sequence[Row]) -> str:
     """How far auto is from the best algorithm, case by case; empty where only auto was timed."""
-    names = [name for name in our_names(rows) if name not in (AUTO, WINOGRAD)]
+    names = [n for n in our_names(rows) if n not in (AUTO, WINOGRAD) and not is_stock(n)]
     chosen = [row for row in rows if row.chosen and len(set(names) & set(row.ours)) > 1]
     if not chosen:
         return ""
@@ -239,7 +240,16 @@ def machine_text(machine: dict[str, object]) -> str:
         + (f", {caches}" if caches else "")
         + f"\n- convext {machine['convext']} ({machine['isa']}, compiler {machine['compiler']}), "
         f"torch {machine['torch']} (oneDNN {machine['onednn']}), Python {machine['python']}, "
-        f"{machine['system']}"
+        f"{machine['system']}" + (f"\n- {_gpu_text(machine)}" if "gpu" in machine else "")
+    )
+
+
+def _gpu_text(machine: dict[str, object]) -> str:
+    return (
+        f"{machine['gpu']}, {machine['multiprocessors']} multiprocessors, L2 "
+        f"{machine['l2_bytes'] / 2**20:.0f} MiB, driver {machine['driver']}, CUDA "
+        f"{machine['cuda']}, cuDNN {machine['cudnn']} with benchmark=True (its choices with "
+        f"deterministic=True in columns of their own)"
     )
 
 
@@ -251,6 +261,13 @@ def peaks_text(dtype: str, threads: int, peaks: Peaks) -> str:
         f"of {fastest / 1e9:.0f} GB/s in cache, {largest / 1e9:.0f} GB/s in memory (read and "
         "written)"
     )
+
+
+_GOALS = (
+    "Geometric means of how many times as fast as PyTorch's better layout (or the one that is "
+    "named) ours is in each layout, float32. More than one thread: no worse than one thread, "
+    f"within {NOISE:.0%}. Where no Winograd algorithm can do a case, auto's own figure counts.\n"
+)
 
 
 def markdown(
@@ -266,16 +283,10 @@ def markdown(
         f"`{command}`\n",
         "\n".join([machine_text(machine), *(peaks_text(*key, peak) for key, peak in peaks.items())])
         + "\n",
-        "## Goals\n",
-        "Geometric means of how many times as fast as PyTorch's better layout (or the one that is "
-        f"named) ours is in each layout, float32. More than one thread: no worse than one thread, "
-        f"within {NOISE:.0%}. Where no Winograd algorithm can do a case, auto's own figure counts."
-        "\n",
-        goals(judge(rows)),
-        regret_goal(rows) + "\n",
-        "## Means\n",
-        summary(rows),
     ]
+    if not rows or any(row.threads != ON_GPU for row in rows):
+        parts += ["## Goals\n", _GOALS, goals(judge(rows))]
+    parts += [regret_goal(rows) + "\n", "## Means\n", summary(rows)]
     if whole := networks(rows):
         parts += ["## Networks\n", whole]
     parts += ["## Times\n", f"{METHOD}\n", f"{LEGEND}\n", *tables(rows)]
@@ -355,4 +366,6 @@ def microseconds(seconds: float) -> str:
 
 
 def _threads(count: int) -> str:
+    if count == ON_GPU:
+        return "GPU"
     return f"{count} thread{'s' if count > 1 else ''}"

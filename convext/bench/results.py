@@ -11,6 +11,7 @@ from convext.bench.timing import speedup, spread
 
 NCHW, CHANNELS_LAST = "NCHW", "channels_last"
 BETTER, SAME = "better", "same"  # which of torch's layouts a ratio is against
+ON_GPU = 0  # threads of a row that was measured on a GPU
 Samples = dict[str, list[float]]  # layout -> seconds per call
 
 

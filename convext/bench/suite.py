@@ -11,13 +11,13 @@ from functools import partial
 import torch
 
 import convext
-from convext.bench import cases, models
+from convext.bench import cases, gpu, models
 from convext.bench.cases import AUTO, STOCK, WINOGRAD, Case
 from convext.bench.epoch import measure_epoch
 from convext.bench.layers import NETWORKS
 from convext.bench.machine import Peaks, measure_peaks
-from convext.bench.results import CHANNELS_LAST, NCHW, Row
-from convext.bench.timing import Call, Effort, sample_in_turn
+from convext.bench.results import CHANNELS_LAST, NCHW, ON_GPU, Row
+from convext.bench.timing import Call, Effort, sample_in_turn, seconds
 from convext.errors import UserError
 
 FORMATS = {NCHW: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
@@ -37,6 +37,7 @@ PASSES = tuple(
         (*cases.CONV_PASSES, *cases.NORM_PASSES, *models.STEPS, *models.BLOCK_PASSES, *models.CALLS)
     )
 )
+DETERMINISTIC = f"{STOCK}, deterministic"  # what else there is of PyTorch's on a GPU
 QUICK = Effort(rounds=9, sample=1e-3, seconds=0.7)
 QUICK_SECONDS = 140.0  # then what is left of the quick selection is left out, and said to be
 
@@ -54,6 +55,7 @@ class Selection:
     match: str = ""  # part of a layer's name
     batch: int | None = None
     quick: bool = False
+    device: str = "cpu"
     effort: Effort = field(default_factory=Effort)
 
     def checked(self) -> Selection:
@@ -62,6 +64,10 @@ class Selection:
         Raises:
             UserError: a name or a number that makes no sense.
         """
+        if self.device == "cuda":
+            gpu.check_gpu()
+            if self.threads:
+                raise UserError("--threads says nothing of a GPU")
         most = 4 * (os.cpu_count() or 1)
         for threads in self.threads:
             if not 1 <= threads <= most:
@@ -70,28 +76,31 @@ class Selection:
             raise UserError(f"--batch must be at least 1, got {self.batch}")
         if self.effort.rounds < 1:
             raise UserError(f"--rounds must be at least 1, got {self.effort.rounds}")
-        algorithms = convext.algorithms()
+        dtypes = DTYPES if self.device == "cpu" else gpu.DTYPES
+        algorithms = convext.algorithms(self.device)
         return replace(
             self,
             groups=_names("--groups", self.groups, (*GROUPS, EPOCH), usual=tuple(GROUPS)),
             passes=_names("--passes", self.passes, PASSES),
             layouts=_names("--layouts", self.layouts, tuple(FORMATS)),
-            dtypes=_names("--dtypes", self.dtypes, tuple(DTYPES), usual=("float32",)),
-            threads=tuple(dict.fromkeys(self.threads)) or (1,),
+            dtypes=_names("--dtypes", self.dtypes, tuple(dtypes), usual=("float32",)),
+            threads=tuple(dict.fromkeys(self.threads))
+            or ((1,) if self.device == "cpu" else (ON_GPU,)),
             algorithms=_names("--algorithms", self.algorithms, algorithms, usual=()),
         )
 
     def cases(self) -> list[Case]:
         """Those of this process, in the order of the groups."""
-        return [
-            case
-            for group in GROUPS
-            if group in self.groups
-            for case in GROUPS[group](self.batch, self.quick)
-            if case.what in self.passes
-            and self.match in case.layer
-            and (case.quick or not self.quick)
-        ]
+        with torch.device(self.device):
+            return [
+                case
+                for group in GROUPS
+                if group in self.groups
+                for case in GROUPS[group](self.batch, self.quick)
+                if case.what in self.passes
+                and self.match in case.layer
+                and (case.quick or not self.quick)
+            ]
 
 
 def _names(
@@ -129,9 +138,10 @@ class Run:
         before = torch.get_num_threads()
         try:
             for threads in chosen.threads:
-                torch.set_num_threads(threads)
+                if threads != ON_GPU:
+                    torch.set_num_threads(threads)
                 for dtype in chosen.dtypes:
-                    self.peaks[dtype, threads] = measure_peaks(DTYPES[dtype], threads)
+                    self.peaks[dtype, threads] = self._measure_peaks(dtype, threads)
                     for case in listed:
                         if chosen.quick and time.monotonic() > end:
                             self.left_out += 1
@@ -142,6 +152,12 @@ class Run:
         finally:
             torch.set_num_threads(before)
 
+    def _measure_peaks(self, dtype: str, threads: int) -> Peaks:
+        if threads == ON_GPU:
+            gpu.set_precision(dtype)
+            return gpu.measure_peaks(dtype)
+        return measure_peaks(DTYPES[dtype], threads)
+
     def names(self, case: Case) -> tuple[str, ...]:
         """Of our calls for a case."""
         return (*case.ours, *self.selection.algorithms) if case.chooses else case.ours
@@ -150,11 +166,14 @@ class Run:
         calls: dict[tuple[str, str], Call] = {}
         declined: dict[str, str] = {}
         chosen: dict[str, str] = {}
+        on_gpu = threads == ON_GPU
+        element = gpu.DTYPES[dtype] if on_gpu else DTYPES[dtype]
         for layout in self.selection.layouts:
-            made = case.make(DTYPES[dtype], FORMATS[layout])
+            with torch.device(self.selection.device):
+                made = case.make(element, FORMATS[layout])
             for name in (STOCK, *self.names(case)):
                 # What the others can't do is a mistake, and not to be passed over.
-                may_decline = name in (WINOGRAD, *convext.algorithms())
+                may_decline = name in (WINOGRAD, *convext.algorithms(self.selection.device))
                 obstacle = _obstacle(made[name]) if may_decline else None
                 if obstacle:
                     declined[name] = obstacle
@@ -164,11 +183,14 @@ class Run:
                 made[AUTO]()
                 by_pass = convext.last_algorithm()._asdict()
                 chosen[layout] = by_pass[case.what]
-        times = sample_in_turn(calls, self.selection.effort)
+                if on_gpu:
+                    calls[DETERMINISTIC, layout] = gpu.deterministic(made[STOCK])
+        clock = gpu.Clock() if on_gpu else seconds
+        times = sample_in_turn(calls, self.selection.effort, clock)
         ours: dict[str, dict[str, list[float]]] = {}
         for (name, layout), samples in times.items():
             ours.setdefault(name, {})[layout] = samples
-        size = case.elements * DTYPES[dtype].itemsize
+        size = case.elements * element.itemsize
         return Row(
             group=case.group,
             part=case.part,

@@ -21,8 +21,18 @@ class Effort:
     seconds: float = 4.0  # after these no round is begun
 
 
+def seconds(call: Call, repeats: int) -> float:
+    """Wall time of one call, averaged over a few."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
 def sample_in_turn(
-    calls: Mapping[Key, Call], effort: Effort | None = None
+    calls: Mapping[Key, Call],
+    effort: Effort | None = None,
+    seconds: Callable[[Call, int], float] = seconds,
 ) -> dict[Key, list[float]]:
     """Time functions that do the same: A B C, B A C, C A B, ...
 
@@ -30,6 +40,9 @@ def sample_in_turn(
     run, so that none always comes after one and the same neighbour; and what a neighbour left of
     the caches is the affair of a call before each sample that is not timed, unless calls are too
     long to be repeated.
+
+    Args:
+        seconds: the clock, which calls a function a few times and averages.
 
     Returns:
         Seconds per call, a sample for every round; samples at one place of the lists are neighbours
@@ -59,14 +72,6 @@ def sample_in_turn(
         if collecting:
             gc.enable()
     return times
-
-
-def seconds(call: Call, repeats: int) -> float:
-    """Wall time of one call, averaged over a few."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
 
 
 def spread(times: list[float]) -> float:

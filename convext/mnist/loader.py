@@ -9,7 +9,7 @@ import torch
 
 
 class BatchLoader:
-    """Iterates over (images, labels) batches of a data set that is held in memory.
+    """Iterates over (images, labels) batches of a data set that is held in memory, of any device.
 
     With a seed, each epoch has its own order, a function of (seed, epoch) alone: the same for
     whatever network is trained, and the same when a run is resumed. Without one, the order is
@@ -79,7 +79,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         first, self._first = self._first, 0
-        order = self._order()
+        order = self._order().to(self.images.device)
         for number in range(first, len(self)):
             # Counted before it is handed out: a checkpoint is saved when its step is done.
             self._done = number + 1

@@ -1,7 +1,8 @@
 """The processes that train together, the first of which leads.
 
 `started` starts the others on this machine, `joined` takes part in those that torchrun started.
-Either way they are torch.distributed's default process group, over gloo. Only the leader looks at
+Either way they are torch.distributed's default process group, over gloo and, for what is on GPUs,
+NCCL. Only the leader looks at
 options, files and the terminal. The others get the job from it and are silent: where one fails,
 the leader says why.
 """
@@ -22,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from convext.errors import ProcessError, UserError
@@ -169,8 +171,12 @@ def _group(
     When one process fails its connections close, so that the collectives of all others fail too.
     Hence what a follower has to say goes to the store, from where the leader takes the cause.
     """
+    with_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
-        "gloo", store=dist.PrefixStore("group", store), rank=world.rank, world_size=world.size
+        "cpu:gloo,cuda:nccl" if with_gpus else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=world.rank,
+        world_size=world.size,
     )
     try:
         yield

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 import convext
+from convext.algorithms import build_info
 from convext.errors import UserError
 from convext.inspection.summary import Summary, summary
 from convext.mnist import processes
@@ -54,9 +55,10 @@ class Options:
     """What a user may choose; None leaves it to the default, or on resuming to the run.
 
     data: "mnist", "digits" or "auto"; data_dir: where the MNIST files lie; layers: "convext" or
-    "torch"; algorithm: for convext's convolutions; devices: processes, which share every batch;
-    batch_size, threads: of all processes together; out: the run's folder; resume: a run's
-    folder or checkpoint to go on from. The others say themselves what they are.
+    "torch"; algorithm: for convext's convolutions; device: "cpu", "cuda" or "auto"; devices:
+    processes, which share every batch; batch_size, threads: of all processes together; out: the
+    run's folder; resume: a run's folder or checkpoint to go on from. The others say themselves what
+    they are.
     """
 
     epochs: int | None = None
@@ -67,6 +69,7 @@ class Options:
     data_dir: str | Path | None = None
     layers: str | None = None
     algorithm: str | None = None
+    device: str | None = None
     devices: int | None = None
     threads: int | None = None
     out: str | Path | None = None
@@ -86,6 +89,7 @@ class Settings:
     algorithm: str
     threads: int
     devices: int = 1  # checkpoints of before there were several have none
+    device: str = "cpu"  # likewise
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,8 @@ def _prepare(options: Options, world: World | None = None) -> Job:
         options = replace(options, devices=world.size)
         if options.threads is None and options.resume is None:
             options = replace(options, threads=torch.get_num_threads() * world.local_size)
+    local_size = world.local_size if world else options.devices or 1
+    options = replace(options, device=_device(options.device, options.layers, local_size))
     _check(options)
     path, checkpoint = load_checkpoint(options.resume) if options.resume else (None, None)
     dataset = load_data(_data_name(options, checkpoint), options.data_dir)
@@ -153,7 +159,8 @@ def _lead(world: World, job: Job, console: Console) -> dict:
     """Trains with the other processes, if any; shows what happens, and writes the metrics."""
     settings, folder = world.share(job).settings, job.folder
     image = job.dataset.train.images.shape[1:]
-    described = summary(lesson_cnn(settings.layers, settings.algorithm), (1, *image))
+    model = lesson_cnn(settings.layers, settings.algorithm).to(settings.device)
+    described = summary(model, (1, *image))
     learner, batches = _build(world, job)
     _announce(console, settings, job.dataset, described, batches)
     done = len(load_checkpoint(job.checkpoint)[1]["history"]) if job.checkpoint else 0
@@ -200,9 +207,10 @@ def _build(world: World, job: Job) -> tuple[Learner, BatchLoader]:
     model = lesson_cnn(settings.layers, settings.algorithm)
     if world.size > 1 and settings.layers == "convext":
         SyncBatchNorm2d.convert_sync_batchnorm(model)
+    device = _own_device(world, settings)
     batches = BatchLoader(
-        train.images,
-        train.labels,
+        train.images.to(device),
+        train.labels.to(device),
         settings.batch_size,
         seed=settings.seed,
         drop_last=True,
@@ -212,18 +220,30 @@ def _build(world: World, job: Job) -> tuple[Learner, BatchLoader]:
     return Learner(model, settings.lr, total_steps=settings.epochs * len(batches)), batches
 
 
+def _own_device(world: World, settings: Settings) -> torch.device:
+    """Of this process, which holds all of the data there: no step waits for a copy."""
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
 def _fit(
     world: World, job: Job, learner: Learner, batches: BatchLoader, callbacks: list[pl.Callback]
 ) -> None:
-    valid = job.dataset.valid
+    valid, device = job.dataset.valid, batches.images.device
     validation = BatchLoader(
-        valid.images, valid.labels, VALID_BATCH, part=world.rank, parts=world.size
+        valid.images.to(device),
+        valid.labels.to(device),
+        VALID_BATCH,
+        part=world.rank,
+        parts=world.size,
     )
     if world.size > 1:
         callbacks = [*callbacks, DefaultSigterm()]
     with _QuietLightning():
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=job.settings.device,
             max_epochs=job.settings.epochs,
             callbacks=callbacks,
             logger=False,
@@ -255,9 +275,30 @@ def _check(options: Options) -> None:
         _check_split(options.batch_size, options.devices or 1)
     if options.layers == "torch" and options.algorithm not in (None, "auto"):
         raise UserError(f"--algorithm {options.algorithm} needs --layers convext")
-    names = ("auto", *convext.algorithms())
-    if options.algorithm is not None and options.algorithm not in names:
-        raise UserError(f"--algorithm must be one of {', '.join(names)}, got {options.algorithm}")
+    if options.algorithm is not None and options.layers != "torch":
+        names = ("auto", *convext.algorithms(options.device))
+        if options.algorithm not in names:
+            raise UserError(
+                f"--algorithm must be one of {', '.join(names)}, got {options.algorithm}"
+            )
+
+
+def _device(wish: str | None, layers: str | None, processes_here: int) -> str:
+    """Where to train: on "cuda" where all that it takes is there, unless "cpu" is wished for.
+
+    Raises:
+        UserError: "cuda" is wished for, and cannot be had.
+    """
+    obstacle = None
+    if not torch.cuda.is_available():
+        obstacle = "torch finds no GPU"
+    elif build_info()["cuda"] is None and not (layers == "torch" and wish == "cuda"):
+        obstacle = "this build of convext has no CUDA kernels"
+    elif processes_here > torch.cuda.device_count():
+        obstacle = f"{_count(processes_here, 'process')} for {torch.cuda.device_count()} GPUs"
+    if wish == "cuda" and obstacle:
+        raise UserError(f"--device cuda: {obstacle}")
+    return "cpu" if wish == "cpu" or obstacle else "cuda"
 
 
 def _check_split(batch_size: int, devices: int) -> None:
@@ -293,7 +334,7 @@ def _settings(options: Options, dataset: Dataset, checkpoint: dict | None) -> Se
     if options.data not in (None, "auto"):
         chosen["data"] = options.data
     for name, value in chosen.items():
-        if name not in ("epochs", "devices", "threads") and value != getattr(run, name):
+        if name not in ("epochs", "device", "devices", "threads") and value != getattr(run, name):
             option = name.replace("_", "-")
             raise UserError(f"--{option} {value}: the run to resume has {getattr(run, name)}")
     settings = replace(run, **chosen)
@@ -315,6 +356,8 @@ def _announce(
         f"{len(dataset.valid):,} to validate with ({dataset.source})"
     )
     console.print(f"layers    {kind if settings.layers == 'convext' else 'torch, the stock ones'}")
+    if settings.device == "cuda":
+        console.print(f"device    {torch.cuda.get_device_name()}")
     console.print(
         f"training  {_count(settings.epochs, 'epoch')} of {len(batches)} batches of "
         f"{batches.batch_size}, learning rate up to {settings.lr:g}, seed {settings.seed}, "
