@@ -3,8 +3,11 @@
 A test that takes `device`, `isa` or `algorithm` runs for every combination that exists: ISAs are
 the CPU's, algorithms those of the device. One that takes a problem besides runs on the algorithms
 that do it, one that brings tensors of its own on those that do everything.
+
+CONVEXT_TEST_DEVICE=cuda leaves all tests out but those of CUDA, and fails where there can be none.
 """
 
+import os
 import random
 
 import numpy as np
@@ -26,7 +29,21 @@ def _cuda_obstacle() -> str | None:
 
 
 def _devices() -> list[str]:
+    if _only_cuda():
+        return ["cuda"]
     return ["cpu"] if _cuda_obstacle() else ["cpu", "cuda"]
+
+
+def _only_cuda() -> bool:
+    return os.environ.get("CONVEXT_TEST_DEVICE") == "cuda"
+
+
+def pytest_configure():
+    wish = os.environ.get("CONVEXT_TEST_DEVICE", "")
+    if wish not in ("", "cuda"):
+        raise pytest.UsageError(f"CONVEXT_TEST_DEVICE must be cuda or unset, got {wish!r}")
+    if _only_cuda() and (obstacle := _cuda_obstacle()):
+        raise pytest.UsageError(f"CONVEXT_TEST_DEVICE=cuda: {obstacle}")
 
 
 def _algorithms(device: str) -> tuple[str, ...]:
@@ -66,7 +83,16 @@ def pytest_collection_modifyitems(items):
 
     That is `test_conv2d_errors.py::test_a_declined_problem_is_an_error`.
     """
-    items[:] = [item for item in items if not _declined(item)]
+    items[:] = [
+        item
+        for item in items
+        if not _declined(item) and not (_only_cuda() and not _is_of_cuda(item))
+    ]
+
+
+def _is_of_cuda(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("device") == "cuda" or "gpu" in item.fixturenames
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -88,6 +114,18 @@ def pytest_terminal_summary(terminalreporter):
 def _one_thread():
     """Tests are small, and threads that wait for each other spin; some ask for more themselves."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_exact():
+    """On CUDA, too, where PyTorch allows TF32 at first; tests of TF32 allow it themselves."""
+    if _cuda_obstacle():
+        yield
+        return
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +170,7 @@ def restore_threads():
 
 
 @pytest.fixture
-def cuda():
+def gpu():
     """For tests that make sense on CUDA only."""
     obstacle = _cuda_obstacle()
     if obstacle:

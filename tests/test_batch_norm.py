@@ -83,18 +83,18 @@ def example(shape, dtype=torch.float64, affine=True, seed=0):
     )
 
 
-def run(function, arguments, training):
-    """Everything that a forward and a backward leave behind, by name."""
+def run(function, arguments, training, device="cpu"):
+    """Everything that a forward and a backward on a device leave behind, by name, on the CPU."""
     x, grad_output, weight, bias, mean, var = (
-        None if t is None else t.detach().clone(memory_format=torch.preserve_format)
-        for t in arguments
+        None if t is None else t.detach().to(device, copy=True) for t in arguments
     )
     leaves = {"grad_input": x, "grad_weight": weight, "grad_bias": bias}
     leaves = {name: t.requires_grad_() for name, t in leaves.items() if t is not None}
     output = function(x, mean, var, weight, bias, training, 0.3, 1e-3)
     output.backward(grad_output)
     results = {"output": output.detach(), "running_mean": mean, "running_var": var}
-    return results | {name: t.grad for name, t in leaves.items()}
+    results |= {name: t.grad for name, t in leaves.items()}
+    return {name: t.cpu() for name, t in results.items()}
 
 
 def error(got, expected):
@@ -109,11 +109,12 @@ def widen(arguments):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_equals_torch_in_float64(isa, shape, training, affine):
+def test_equals_torch_in_float64(device, isa, shape, training, affine):
     for memory_format in formats(shape):
         x, grad_output, *rest = example(shape, affine=affine)
         arguments = [x.to(memory_format=memory_format), grad_output, *rest]
-        got, expected = run(batch_norm, arguments, training), run(F.batch_norm, arguments, training)
+        got = run(batch_norm, arguments, training, device)
+        expected = run(F.batch_norm, arguments, training)
         assert got.keys() == expected.keys()
         for name, value in got.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-11, msg=name)
@@ -129,7 +130,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE_SHAPES], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_each_dtype_within_its_tolerance(isa, shape, training, dtype):
+def test_each_dtype_within_its_tolerance(device, isa, shape, training, dtype):
     tolerance = TOLERANCE[dtype]
     for memory_format, wide in itertools.product(formats(shape), [False, True]):
         if wide and dtype not in HALF:
@@ -138,7 +139,8 @@ def test_each_dtype_within_its_tolerance(isa, shape, training, dtype):
         # A 16-bit input goes with parameters of its dtype or of float32.
         rest = [t.float() for t in rest] if wide else rest
         arguments = [x.to(memory_format=memory_format), grad_output, *rest]
-        got, stock = run(batch_norm, arguments, training), run(F.batch_norm, arguments, training)
+        got = run(batch_norm, arguments, training, device)
+        stock = run(F.batch_norm, arguments, training)
         exact = run(F.batch_norm, widen(arguments), training)
         for name, value in got.items():
             assert value.dtype == stock[name].dtype, name
@@ -151,7 +153,7 @@ def test_each_dtype_within_its_tolerance(isa, shape, training, dtype):
 )
 @pytest.mark.parametrize("outlier", [False, True], ids=["plain", "outlier"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_float32_error_is_no_larger_than_torch(isa, mean, std, outlier, training):
+def test_float32_error_is_no_larger_than_torch(device, isa, mean, std, outlier, training):
     for shape, memory_format in [
         ((64, 8, 14, 14), torch.contiguous_format),
         ((64, 8, 14, 14), torch.channels_last),
@@ -167,7 +169,7 @@ def test_float32_error_is_no_larger_than_torch(isa, mean, std, outlier, training
         running = torch.full_like(weight, mean), torch.full_like(weight, std**2)
         arguments = [x, grad_output, weight, bias, *running]
         exact = run(F.batch_norm, widen(arguments), training)
-        got, stock = run(batch_norm, arguments, training), run(F.batch_norm, arguments, training)
+        got, stock = (run(f, arguments, training, device) for f in (batch_norm, F.batch_norm))
         for name, value in got.items():
             # One rounding of a result; a mean near 0 is as good as its distance in deviations.
             size = exact[name].abs().max().item() + (std / 10 if name == "running_mean" else 0)
@@ -208,10 +210,11 @@ def test_equals_plain_loops(isa, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("shape", [s for s in [*SHAPES, *LARGE_SHAPES] if len(s) == 4], ids=str)
-def test_bias_gradient_is_a_sum(isa, shape, dtype):
+def test_bias_gradient_is_a_sum(device, isa, shape, dtype):
     for memory_format in formats(shape):
         grad_output = example(shape, dtype)[1].to(memory_format=memory_format)
-        got, exact = ops.conv2d_backward_bias(grad_output), grad_output.double().sum((0, 2, 3))
+        got = ops.conv2d_backward_bias(grad_output.to(device)).cpu()
+        exact = grad_output.double().sum((0, 2, 3))
         assert (got.dtype, got.shape) == (dtype, (shape[1],))
         scale = grad_output.double().abs().sum((0, 2, 3))
         # In float64 the sum that is compared with has rounded as much.
@@ -258,9 +261,9 @@ def test_running_statistics_may_be_absent_one_by_one():
 
 
 @pytest.mark.parametrize("pixels", [5, 7], ids=["columns", "spans"])
-def test_not_a_number_and_infinity_stay_in_their_channel(isa, pixels):
+def test_not_a_number_and_infinity_stay_in_their_channel(device, isa, pixels):
     for value in (math.nan, math.inf):
-        x = torch.randn(4, 3, pixels, pixels)
+        x = torch.randn(4, 3, pixels, pixels, device=device)
         x[1, 1, -1, -1] = value
         got, expected = (f(x, None, None, training=True) for f in (batch_norm, F.batch_norm))
         torch.testing.assert_close(got, expected, equal_nan=True)
@@ -274,8 +277,8 @@ def cases_of_derivatives():
 
 
 @pytest.mark.parametrize(("training", "with_weight", "with_bias"), list(cases_of_derivatives()))
-def test_gradients_of_first_and_second_order(training, with_weight, with_bias):
-    x, _, weight, bias, mean, var = example((3, 2, 2, 2))
+def test_gradients_of_first_and_second_order(device, training, with_weight, with_bias):
+    x, _, weight, bias, mean, var = (t.to(device) for t in example((3, 2, 2, 2)))
     leaves = [x, *([weight] if with_weight else []), *([bias] if with_bias else [])]
     leaves = [t.requires_grad_() for t in leaves]
 

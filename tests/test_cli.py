@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from convext.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
     *("--epochs", "--batch-size", "--lr", "--seed", "--data", "--data-dir", "--layers"),
-    *("--algorithm", "--devices", "--threads", "--out", "--resume"),
+    *("--algorithm", "--device", "--devices", "--threads", "--out", "--resume"),
 )
 
 
@@ -78,6 +79,7 @@ def test_every_command_has_a_help_line(capsys):
         (["train", "--batch-size", "1"], "--batch-size must be at least 2"),
         (["train", "--seed", "-1"], "--seed must be from 0 to"),
         (["train", "--threads", "0"], "--threads must be from 1 to 1024, got 0"),
+        (["train", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
         (["train", "--devices", "0"], "--devices must be from 1 to 1024, got 0"),
         (["train", "--devices", "two"], "--devices: invalid int value: 'two'"),
         (
@@ -108,6 +110,12 @@ def test_a_mistake_is_one_line_and_status_2(capsys, args, message):
     assert message in err
     assert err.startswith("convext")
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds a GPU here")
+def test_a_device_that_is_not_there_is_one_line_and_status_2(capsys):
+    assert main(["train", "--device", "cuda", "--data", "digits"]) == 2
+    assert capsys.readouterr().err == "convext train: --device cuda: torch finds no GPU\n"
 
 
 def test_a_corrupt_file_is_one_line_and_status_2(capsys, tmp_path):

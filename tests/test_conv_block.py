@@ -73,17 +73,18 @@ def torch_block(
     return norm(F.relu(convolved)) if order == "conv-relu-norm" else F.relu(norm(convolved))
 
 
-def run(function, p, data, **options):
-    """Everything that a forward and a backward leave behind, by name."""
-    data = {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in data.items()}
+def run(function, p, data, device="cpu", **options):
+    """Everything that a forward and a backward on a device leave behind, by name, on the CPU."""
+    data = {name: t.detach().to(device, copy=True) for name, t in data.items()}
     for name in NAMES:
         data[name].requires_grad_()
     output = function(**data, **settings(p), **options)
     torch.manual_seed(2)
-    output.backward(torch.randn(output.shape, dtype=torch.float64).to(output.dtype))
+    output.backward(torch.randn(output.shape, dtype=torch.float64).to(device, output.dtype))
     results = {"output": output.detach()}
     results |= {name: data[name] for name in ("running_mean", "running_var")}
-    return results | {f"grad_{name}": data[name].grad for name in NAMES}
+    results |= {f"grad_{name}": data[name].grad for name in NAMES}
+    return {name: t.cpu() for name, t in results.items()}
 
 
 def settings(p: Conv2dProblem) -> dict:
@@ -102,26 +103,27 @@ def by_torch(p, data, **options):
 
 
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.C > 0], ids=str)
-def test_equals_torch_in_float64(isa, algorithm, p):
+def test_equals_torch_in_float64(device, isa, algorithm, p):
     for order, layout, training in itertools.product(ORDERS, LAYOUTS, (True, False)):
         if training and not can_train(p):
             continue  # test_training_on_one_value_per_channel
         data = example(p, layout=layout)
         options = {"training": training, "order": order, "momentum": 0.3, "eps": 1e-3}
-        got = run(functional.conv_block, p, data, algorithm=algorithm, **options)
+        got = run(functional.conv_block, p, data, device, algorithm=algorithm, **options)
         expected = by_torch(p, data, **options)
         assert got.keys() == expected.keys()
         for name, value in got.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+        data = {name: t.to(device) for name, t in data.items()}
         with torch.no_grad():  # in evaluation, another road: all in one pass
             fresh = functional.conv_block(**data, **settings(p), algorithm=algorithm, **options)
-        torch.testing.assert_close(fresh, expected["output"], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(fresh.cpu(), expected["output"], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @MODES
 @order_parameter
-def test_no_less_accurate_than_torch(isa, dtype, training, order):
+def test_no_less_accurate_than_torch(device, isa, dtype, training, order):
     """Root mean square errors against float64 within twice PyTorch's in the same dtype, in the
     median over draws: in some, a rounding flips a ReLU's gate, and the error is a whole gradient.
     """
@@ -133,7 +135,7 @@ def test_no_less_accurate_than_torch(isa, dtype, training, order):
         options = {"training": training, "order": order}
         exact = by_torch(p, {name: t.double() for name, t in data.items()}, **options)
         for errors, results in (
-            (ours, run(functional.conv_block, p, data, **options)),
+            (ours, run(functional.conv_block, p, data, device, **options)),
             (stock, by_torch(p, data, **options)),
         ):
             for name, value in results.items():
@@ -149,10 +151,10 @@ def test_no_less_accurate_than_torch(isa, dtype, training, order):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @order_parameter
-def test_takes_a_norm_with_wide_parameters(dtype, order):
+def test_takes_a_norm_with_wide_parameters(device, dtype, order):
     p = named("plain")
     data = example(p, dtype, wide=True)
-    got = run(functional.conv_block, p, data, training=True, order=order)
+    got = run(functional.conv_block, p, data, device, training=True, order=order)
     expected = by_torch(p, data, training=True, order=order)
     for name, value in got.items():
         assert value.dtype == expected[name].dtype, name
@@ -162,8 +164,8 @@ def test_takes_a_norm_with_wide_parameters(dtype, order):
 @pytest.mark.parametrize("p", [p for p in SMALL if p.C > 0 and can_train(p)][:8], ids=str)
 @MODES
 @order_parameter
-def test_gradcheck(p, training, order):
-    data = example(p)
+def test_gradcheck(device, p, training, order):
+    data = {name: t.to(device) for name, t in example(p).items()}
     differentiated = [data[name].clone().requires_grad_() for name in NAMES]
 
     def function(*tensors):

@@ -148,6 +148,7 @@ def test_metrics(run, layers):
         "lr": 0.02,
         "threads": 1,
         "algorithm": "auto",
+        "device": "cpu",
         "devices": 1,
     }
     assert expected.items() <= found.items()
