@@ -68,7 +68,10 @@ def conv2d(
             Winograd's algorithms, unless `convext.allow_winograd` allows them.
 
     Sums are accumulated in float32, or in float64 where input is. On the CPU nothing is rounded to
-    less on the way, whatever `torch.backends` allows with its `fp32_precision` flags.
+    less on the way, whatever `torch.backends` allows with its `fp32_precision` flags. On CUDA the
+    factors of float32 products may be rounded to TF32 (10 bits of mantissa) where PyTorch's own
+    convolutions may: `torch.backends.cudnn.conv.fp32_precision = "ieee"` keeps them exact, "tf32"
+    lets them be rounded, and so does PyTorch's default (`torch.backends.cudnn.allow_tf32`).
 
     Returns:
         (N, out_channels, out_H, out_W), or without N where input has none, with

@@ -42,7 +42,8 @@ class autotune:  # noqa: N801, a function to its users, as torch.set_grad_enable
 
     Outside it "auto" is as ever a function of the problem alone. Inside, the same inputs give the
     same bits as long as the choices are the same, for which a `cache` sees. Compiled code that runs
-    inside is tuned like any other, but code to be compiled cannot call it.
+    inside is tuned like any other, but code to be compiled cannot call it. It measures on the CPU
+    only: under it, "auto" on CUDA is an error.
 
     Args:
         mode: True turns it on, False off.

@@ -42,7 +42,7 @@ class Stage:
             process = subprocess.Popen(
                 list(map(str, self.command)),
                 cwd=ROOT,
-                env={**os.environ, **self.environment},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **self.environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -163,7 +163,7 @@ def run(listed: list[Stage], folder: Path, seconds: float) -> bool:
         left = end - time.monotonic()
         built = all(s.status == 0 for s in listed if s.name == "build" and s is not stage)
         if left < 5 or not (built or stage.name in ("machine", "build")):
-            stage.output = "not run: " + ("the time is over" if built else "there is no build")
+            stage.output = "not run: " + ("the time is over" if left < 5 else "there is no build")
         else:
             print(f"{stage.name} ...", flush=True)
             stage.run(min(stage.limit, left))

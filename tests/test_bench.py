@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -20,12 +21,13 @@ import convext
 from convext import _C
 from convext.__main__ import main
 from convext.bench import goals, layers, report, suite
+from convext.bench import gpu as gpu_bench
 from convext.bench.cases import AUTO, CONV_PASSES, STOCK, WINOGRAD, Case
 from convext.bench.goals import GOALS, Goal, auto_regret, judge
 from convext.bench.machine import COPY_BYTES, Peaks, describe, measure_peaks
-from convext.bench.results import Row, geometric_mean, regret
+from convext.bench.results import ON_GPU, Row, geometric_mean, regret
 from convext.bench.suite import DTYPES, FORMATS, GROUPS, Run, Selection
-from convext.bench.timing import Effort, sample_in_turn, speedup, spread
+from convext.bench.timing import Effort, sample_in_turn, seconds, speedup, spread
 from convext.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -590,3 +592,50 @@ def test_goals_are_those_of_the_table():
     found = {(g.title, g.what, g.against): (g.at_least, g.each) for g in goals.GOALS}
     assert found["resnet50/vgg16 otherwise", "forward", "better"] == (1.05, 0.95)
     assert found["batch norm", "backward", "channels_last"] == (1.5, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def test_a_gpus_rows(monkeypatch):
+    """Measured on the CPU as they would be on a GPU, but for the clock and the peaks."""
+    monkeypatch.setattr(gpu_bench, "Clock", lambda: seconds)
+    monkeypatch.setattr(gpu_bench, "set_precision", lambda dtype: None)
+    monkeypatch.setattr(gpu_bench, "measure_peaks", lambda dtype: Peaks(1e12, {1: 1e12}))
+    seen = []
+    stock = gpu_bench.deterministic(lambda: seen.append(torch.backends.cudnn.deterministic))
+    stock()
+    assert seen == [True]
+    assert not torch.backends.cudnn.deterministic
+    chosen = Selection(groups=["mnist"], passes=["forward"], match="64 to 10", batch=2, quick=True)
+    chosen = replace(
+        chosen.checked(), threads=(ON_GPU,), dtypes=("tf32",), effort=Effort(rounds=3, sample=0.0)
+    )
+    run = Run(chosen)
+    (measured,) = run
+    assert (measured.dtype, measured.threads) == ("tf32", ON_GPU)
+    assert list(measured.ours) == [AUTO, suite.DETERMINISTIC]
+    assert measured.bytes == 4 * sum(
+        torch.Size(size).numel() for size in ((2, 64, 2, 2), (10, 64, 3, 3), (2, 10, 1, 1))
+    )
+    machine = describe() | {"gpu": "a GPU", "multiprocessors": 132, "l2_bytes": 2**25}
+    machine |= {"driver": "1.2", "cuda": "13.0", "cudnn": 91900}
+    text = report.markdown("bench", machine, run.peaks, [measured])
+    assert "- a GPU, 132 multiprocessors, L2 32 MiB, driver 1.2, CUDA 13.0, cuDNN 91900" in text
+    assert "### mnist, batch 2, tf32, GPU" in text
+    assert "| torch, deterministic NCHW |" in text
+    assert "## Goals" not in text
+    assert json.dumps(report.as_json("bench", "now", machine, run.peaks, [measured]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_there_is_no_such_device(capsys):
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "--device cuda: torch finds no GPU" in capsys.readouterr().err
+
+
+def test_measures_on_a_gpu(gpu, capsys):
+    arguments = ["--groups", "mnist", "batchnorm", "step", "--batch", "2", "--rounds", "3"]
+    assert main(["bench", "--device", gpu, "--dtypes", "tf32", "bfloat16", *arguments]) == 0
+    assert "torch, deterministic" in capsys.readouterr().out
