@@ -5,7 +5,11 @@
 
 #include "cpu/kernels/half.h"
 #include "cpu/kernels/isa.h"
-#include "cpu/kernels/target.h"
+
+// In place of target.h's: there are no registers for whole tiles to stay in, and four lanes of each
+// vector written out everywhere would take minutes to compile.
+#define CONVEXT_INLINE inline
+#define CONVEXT_UNROLL
 
 namespace convext::cpu {
 namespace scalar {

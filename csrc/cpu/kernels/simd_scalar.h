@@ -112,5 +112,5 @@ constexpr int kGatherRows[4] = {4, 2};
 constexpr int kMultiplyRows[2] = {4, 2};
 constexpr int kGemmRows = 4, kGemmVectors = 1;
 constexpr int kPanelRows = 4, kPanelVectors = 1;
-constexpr int kDepthwisePixels = 4, kDepthwiseVectors = 1;
+constexpr int kDepthwisePixels = 2, kDepthwiseVectors = 1;
 constexpr int kPlaneRows = 2, kPlaneVectors = 1, kPlaneTapRows = 1;
