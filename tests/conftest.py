@@ -13,7 +13,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from emulated_cuda import Kernels, build, cuda_include
+from emulated_cuda import SANITIZER, Kernels, build, cuda_include
 from problems import PROBLEMS, Conv2dProblem
 from reference import declines
 
@@ -140,7 +140,8 @@ def kernels(tmp_path_factory) -> Kernels:
     """The CUDA kernels on the CPU, compiled once."""
     if cuda_include() is None:
         pytest.skip("CUDA's headers are not here")
-    return Kernels(build(tmp_path_factory.mktemp("cuda_kernels")))
+    sanitizer = os.environ.get(SANITIZER, "plain")
+    return Kernels(build(tmp_path_factory.mktemp("cuda_kernels"), sanitizer))
 
 
 @pytest.fixture

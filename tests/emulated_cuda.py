@@ -17,32 +17,87 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests/cuda_emulation"
+PROBES = sorted((EMULATION / "probes").glob("*.cu"))
+C_INTERFACE = EMULATION / "kernels_c.cpp"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as DType counts them
 BATCH_NORMS = ("train", "eval", "backward of train", "backward of eval", "sum of a bias")
 RELUS = ("none", "before the norm", "after the norm")  # as Relu counts them
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Which build of the library the tests of kernels take, when it is not the plain one.
+SANITIZER = "CONVEXT_EMULATOR_SANITIZER"
+# What each build finds is told by tests/cuda_emulation/emulator.h.
+FLAGS = {
+    "plain": ["-O2"],
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "race": ["-O1", "-DCONVEXT_EMULATOR_RACES"],
+}
 
 
-def build(folder: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
-    """Compile emulator and kernels to a shared library in `folder`."""
-    common = ["g++", "-std=c++20", "-fPIC", "-g", "-ffp-contract=off", "-Wall", *flags]
-    common += ["-Wno-unknown-pragmas", "-Wno-class-memaccess"]
+def compiler_command(sanitizer: str) -> list[str]:
+    command = ["g++", "-std=c++20", "-fPIC", "-g1", "-ffp-contract=off", "-Wall", "-Wextra"]
+    command += ["-Wno-unknown-pragmas", "-Wno-class-memaccess", *FLAGS[sanitizer]]
     if platform.machine() in ("x86_64", "AMD64"):
-        common += ["-mavx2", "-mfma", "-mf16c"]
-    common += [f"-I{ROOT}/csrc", f"-I{EMULATION}", "-isystem", str(cuda_include())]
-    sources = sorted((ROOT / "csrc/cuda/kernels").glob("*.c*"))
-    sources += sorted(EMULATION.glob("*.cpp"))
+        command += ["-mavx2", "-mfma", "-mf16c"]
+    return [*command, f"-I{ROOT}/csrc", f"-I{EMULATION}", "-isystem", str(cuda_include())]
+
+
+def compile_and_link(
+    folder: Path, sources: list[Path], target: Path, sanitizer: str, shared: bool
+) -> None:
+    """Compile the emulator and `sources` and link them."""
+    common = compiler_command(sanitizer)
 
     def compile_one(source: Path) -> Path:
         target = folder / (source.name + ".o")
-        subprocess.run([*common, "-x", "c++", "-c", source, "-o", target], check=True)
+        # Instrumented for races are the kernels alone: what they are told of is their accesses.
+        instrument = sanitizer == "race" and source.suffix == ".cu"
+        flags = ["-fsanitize=thread"] if instrument else []
+        subprocess.run([*common, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
         return target
 
+    # The emulator comes first: of an inline function that both have, the linker takes its, which is
+    # not instrumented.
+    emulator = sorted(path for path in EMULATION.glob("*.cpp") if path != C_INTERFACE)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_one, [*emulator, *sources]))
+    sanitize = [flag for flag in FLAGS[sanitizer] if flag.startswith("-fsanitize")]
+    kind = ["-shared"] if shared else []
+    subprocess.run(["g++", *sanitize, *kind, *objects, "-o", target, "-lpthread"], check=True)
+
+
+def build(folder: Path, sanitizer: str = "plain") -> Path:
+    """Compile emulator and kernels to a shared library in `folder`.
+
+    One for "address" loads only into a process that began with `sanitized_environment()`.
+    """
     library = folder / "libcuda_kernels.so"
-    subprocess.run([*common, "-shared", *objects, "-o", library, "-lpthread"], check=True)
+    sources = sorted((ROOT / "csrc/cuda/kernels").glob("*.c*"))
+    sources.append(C_INTERFACE)
+    compile_and_link(folder, sources, library, sanitizer, shared=True)
     return library
+
+
+def build_probes(folder: Path, sanitizer: str = "plain") -> Path:
+    """Compile emulator and tests/cuda_emulation/probes to a program in `folder`."""
+    program = folder / "probes"
+    compile_and_link(folder, PROBES, program, sanitizer, shared=False)
+    return program
+
+
+def sanitized_environment(sanitizer: str) -> dict[str, str]:
+    """The environment of a process that loads the library of `build(folder, sanitizer)`."""
+    environment = {**os.environ, SANITIZER: sanitizer}
+    if sanitizer == "address":
+        found = [
+            subprocess.run(
+                ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            # With it the C++ library, whose functions that library looks up as it starts.
+            for name in ("libasan.so", "libstdc++.so")
+        ]
+        environment["LD_PRELOAD"] = " ".join(found)
+        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # Python's, at its end
+    return environment
 
 
 def pointers(tensors: list[Tensor | None]) -> ctypes.Array:

@@ -24,7 +24,10 @@ void copy_async(void* to, const void* from, int valid, int bytes, Place place) {
   if (!this_worker().memory.contains(to)) {
     fail("cp.async: the destination is not in shared memory", place);
   }
-  const Copy copy{to, from, valid, bytes, fiber.open_group};
+  // The destination is written at some time from here to the wait, where it is noted again.
+  races::read(from, size_t(valid), place);
+  races::write(to, size_t(bytes), place);
+  const Copy copy{to, from, valid, bytes, fiber.open_group, place};
   // An early copy is kept too: that it was waited for is asked of every schedule.
   if (settings.early) land(copy);
   fiber.copies.push_back(copy);
@@ -40,6 +43,7 @@ void wait_for_copies(int latest) {
   for (; landed < fiber.copies.size(); ++landed) {
     const Copy& copy = fiber.copies[landed];
     if (copy.group >= fiber.open_group - latest) break;
+    races::write(copy.to, size_t(copy.bytes), copy.place);
     if (!settings.early) land(copy);
   }
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + ptrdiff_t(landed));

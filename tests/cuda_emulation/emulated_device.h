@@ -13,8 +13,17 @@ T* dynamic_shared() {
   return reinterpret_cast<T*>(emulator::current->block->shared);
 }
 
+// The grid of a launch, and where that is.
+struct Grid {
+  template <class T>
+  Grid(const T& size, CONVEXT_PLACE) : size(size), place(place) {}
+
+  dim3 size;
+  emulator::Place place;
+};
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
+void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, Stream,
             const Arguments&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
@@ -26,7 +35,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
         const auto& call = *static_cast<const Call*>(argument);
         std::apply(call.kernel, call.parameters);
       },
-      &call, grid, block, shared_bytes, emulator::Place::current());
+      &call, grid.size, block, shared_bytes, grid.place);
 }
 
 template <int kBytes>

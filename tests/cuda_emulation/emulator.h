@@ -55,6 +55,7 @@ struct Thread {
 extern thread_local Thread* current;
 
 [[noreturn]] void fail(const char* what, Place = Place::current());
+[[noreturn]] void fail(const char* what, const char* place);
 
 // Runs body(argument) as every thread of every block of the grid.
 void run(void (*body)(const void* argument), const void* argument, dim3 grid, dim3 block,

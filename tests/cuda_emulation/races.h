@@ -16,36 +16,43 @@ namespace races {
 
 void begin_launch();
 void begin_block(const Block&, const SharedMemory&);
-// Accesses to this memory are never checked: stacks.
-void ignore(const void* begin, size_t bytes);
 
-// An access that the compiler does not see, by the running thread.
+// Accesses of the running thread that the compiler does not see.
 void read(const void* address, size_t bytes, Place);
 void write(const void* address, size_t bytes, Place);
 
-// Threads that meet at a barrier.
+// Threads that meet at a barrier: what any has done is before what any will do.
 class Group {
  public:
   void add(int thread) { threads_.push_back(thread); }
-  // What any has done is before what any will do.
-  void join();
+  void join() const;
 
  private:
   std::vector<int> threads_;
 };
 
+// What the running thread has done is before what those will do that acquire the same phase of the
+// same object later.
+void release(const void* object, bool phase);
+void acquire(const void* object, bool phase);
+// The phase begins anew.
+void forget(const void* object, bool phase);
+
 #else
 
 inline void begin_launch() {}
 inline void begin_block(const Block&, const SharedMemory&) {}
-inline void ignore(const void*, size_t) {}
 inline void read(const void*, size_t, Place) {}
 inline void write(const void*, size_t, Place) {}
 
 struct Group {
   void add(int) {}
-  void join() {}
+  void join() const {}
 };
+
+inline void release(const void*, bool) {}
+inline void acquire(const void*, bool) {}
+inline void forget(const void*, bool) {}
 
 #endif
 

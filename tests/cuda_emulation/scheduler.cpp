@@ -61,18 +61,20 @@ const Settings settings = [] {
   return s;
 }();
 
-void fail(const char* what, Place place) {
+void fail(const char* what, const char* place) {
   if (const Thread* t = current) {
     const Block& b = *t->block;
     wait_for_earlier_blocks(static_cast<const Worker&>(b).position);
-    std::fprintf(stderr, "cuda emulator: %s: block (%u,%u,%u) thread (%u,%u,%u) at %s:%u\n", what,
-                 b.index.x, b.index.y, b.index.z, t->index.x, t->index.y, t->index.z,
-                 place.file_name(), unsigned(place.line()));
+    std::fprintf(stderr, "cuda emulator: %s: block (%u,%u,%u) thread (%u,%u,%u) at %s\n", what,
+                 b.index.x, b.index.y, b.index.z, t->index.x, t->index.y, t->index.z, place);
   } else {
-    std::fprintf(stderr, "cuda emulator: %s: at %s:%u\n", what, place.file_name(),
-                 unsigned(place.line()));
+    std::fprintf(stderr, "cuda emulator: %s: at %s\n", what, place);
   }
   std::abort();
+}
+
+void fail(const char* what, Place place) {
+  fail(what, (std::string(place.file_name()) + ":" + std::to_string(place.line())).c_str());
 }
 
 uint64_t switches() {
@@ -95,6 +97,9 @@ void Worker::entry() {
     worker.body_(worker.argument_);
     Fiber& fiber = this_fiber();
     if (!fiber.copies.empty()) fail("a thread ends before its copies were waited for", fiber.place);
+    if (current->block->threads >= 128 && !worker.warpgroup_of(fiber).issued.empty()) {
+      fail("a thread ends before its products were waited for", fiber.place);
+    }
     --worker.live_;
     worker.wait(State::done);
   }
@@ -116,7 +121,6 @@ void Worker::make_fibers(int count) {
     fiber->block = this;
     // Stacks that begin at the same place in a page would share a few sets of every cache.
     make_context(fiber->context, entry, size_t(number % 16) * 240 + 16);
-    races::ignore(fiber->context.stack, kStackBytes);
     fibers_.push_back(std::move(fiber));
   }
 }
@@ -130,6 +134,7 @@ void Worker::begin_launch(void (*body)(const void*), const void* argument, dim3 
   threads = int(block.x * block.y * block.z);
   make_fibers(threads);
   warps_.resize((threads + 31) / 32);
+  warpgroups_.resize((warps_.size() + 3) / 4);
   warp_order_.resize(warps_.size());
   std::iota(warp_order_.begin(), warp_order_.end(), 0);
   if (settings.order == 1) std::reverse(warp_order_.begin(), warp_order_.end());
@@ -151,12 +156,17 @@ void Worker::run_block(uint64_t number) {
   for (int i = 0; i < threads; ++i) {
     Fiber& f = fiber(i);
     f.state = State::ready;
-    f.open_group = 0;
+    f.open_group = f.open_products = 0;
+    f.products_fenced = false;
   }
   for (size_t w = 0; w < warps_.size(); ++w) {
     const int lanes = std::min(32, threads - int(w) * 32);
     warps_[w].ready = lanes == 32 ? ~0u : (1u << lanes) - 1;
     warps_[w].gatherings = 0;
+  }
+  for (Warpgroup& group : warpgroups_) {
+    group.arrived = 0;
+    group.issued.clear();
   }
   for (Barrier& barrier : barriers_) barrier.arrived = barrier.trues = 0;
 
@@ -172,9 +182,12 @@ void Worker::run_block(uint64_t number) {
       ++switches;
       switch_context(scheduler_, first.context);
     }
-    if (!progress) report_deadlock();
+    if (!progress && !land_tensor_copy()) report_deadlock();
   }
   current = nullptr;
+  if (!tensor_copies.empty()) {
+    fail("a block ends before its TMA copies have landed", tensor_copies.front().place);
+  }
 }
 
 int Worker::next_lane(const Warp& warp) {
@@ -207,6 +220,16 @@ void Worker::wake(Fiber& fiber) {
   warp_of(fiber).ready |= 1u << fiber.lane;
 }
 
+bool Worker::land_tensor_copy() {
+  if (tensor_copies.empty()) return false;
+  const size_t which = settings.order < 2 ? 0 : random() % tensor_copies.size();
+  const TensorCopy copy = tensor_copies[which];
+  tensor_copies.erase(tensor_copies.begin() + ptrdiff_t(which));
+  current = copy.thread;
+  land(copy);
+  return true;
+}
+
 void Worker::report_deadlock() {
   for (int i = 0; i < threads; ++i) {
     Fiber& f = fiber(i);
@@ -217,6 +240,14 @@ void Worker::report_deadlock() {
     if (f.state == State::in_warp_operation) {
       fail("deadlock: waits in a warp operation that others never reach", f.place);
     }
+  }
+  for (int i = 0; i < threads; ++i) {
+    Fiber& f = fiber(i);
+    current = &f;
+    if (f.state == State::in_warpgroup) {
+      fail("deadlock: waits in a wgmma that others of its warpgroup never reach", f.place);
+    }
+    if (f.state == State::at_mbarrier) fail_at_mbarrier(f);
   }
   fail("deadlock");
 }

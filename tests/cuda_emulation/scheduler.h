@@ -11,6 +11,7 @@
 
 #include "context.h"
 #include "emulator.h"
+#include "hopper.h"
 #include "races.h"
 #include "shared_memory.h"
 
@@ -28,13 +29,21 @@ inline bool same(const Place& a, const Place& b) {
          (a.file_name() == b.file_name() || !std::strcmp(a.file_name(), b.file_name()));
 }
 
-enum class State : uint8_t { ready, at_barrier, in_warp_operation, at_mbarrier, done };
+enum class State : uint8_t {
+  ready,
+  at_barrier,
+  in_warp_operation,
+  in_warpgroup,
+  at_mbarrier,
+  done
+};
 
 struct Copy {
   void* to;
   const void* from;
   int valid, bytes;
   int group;
+  Place place;
 };
 
 struct Fiber : Thread {
@@ -45,7 +54,14 @@ struct Fiber : Thread {
   // cp.async: issued and not landed, oldest first; the group that is open, and how many are landed.
   std::vector<Copy> copies;
   int open_group;
+  const uint64_t* mbarrier;  // that it waits at
+  // wgmma: the group that is open, and whether a fence came after the last wait.
+  int open_products;
+  bool products_fenced;
 };
+
+// Says what its mbarrier waits for.
+[[noreturn]] void fail_at_mbarrier(const Fiber&);
 
 struct Barrier {
   int expected, arrived;
@@ -67,6 +83,19 @@ struct Warp {
   std::array<Gathering, 32> gathering;
 };
 
+struct IssuedProduct {
+  Product product;
+  int group;
+  float* d[128];  // by thread
+};
+
+// Four warps that multiply together.
+struct Warpgroup {
+  int arrived;
+  Place place;
+  std::vector<IssuedProduct> issued;  // and not waited for
+};
+
 // An OS thread's part: runs one block after another.
 class Worker : public Block {
  public:
@@ -80,11 +109,13 @@ class Worker : public Block {
   void wait(State);
   void wake(Fiber&);
 
-  Fiber& fiber(int number) { return *fibers_[number]; }
+  Fiber& fiber(int number) const { return *fibers_[number]; }
   Warp& warp_of(const Fiber& fiber) { return warps_[fiber.warp]; }
+  Warpgroup& warpgroup_of(const Fiber& fiber) { return warpgroups_[fiber.warp / 4]; }
   Barrier& named_barrier(int number) { return barriers_[number]; }
 
   SharedMemory memory;
+  std::vector<TensorCopy> tensor_copies;  // issued and not landed
   std::mt19937 random;
   // Which block of the launch, by the order in which they are handed out, is in hand.
   std::atomic<uint64_t> position{~uint64_t{0}};
@@ -94,7 +125,7 @@ class Worker : public Block {
   static void entry();
   void make_fibers(int count);
   int next_lane(const Warp&);
-  void switch_to(Fiber&);
+  bool land_tensor_copy();
   [[noreturn]] void report_deadlock();
 
   void (*body_)(const void*) = nullptr;
@@ -102,6 +133,7 @@ class Worker : public Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
   std::vector<int> warp_order_;
+  std::vector<Warpgroup> warpgroups_;
   std::array<Barrier, 16> barriers_;
   Context scheduler_;
   int live_ = 0;

@@ -1,12 +1,8 @@
 // What the lanes of a warp do together: shuffles, votes, matrices.
 #include <bit>
 #include <cstring>
-#if defined(__F16C__)
-#include <immintrin.h>
-#else
-#include <cuda_fp16.h>
-#endif
 
+#include "factors.h"
 #include "scheduler.h"
 
 namespace emulator {
@@ -19,14 +15,13 @@ void warp_operation(uint32_t mask, void* operand, Operation operation, Place pla
   const uint32_t lane = 1u << fiber.lane;
   if (!(mask & lane)) fail("a warp operation's mask lacks the lane that calls it", place);
 
+  // Lanes may be on ways of their own, with masks of their own, before they meet others again.
   int found = 0;
-  while (found < warp.gatherings && !(warp.gathering[found].mask & mask)) ++found;
+  while (found < warp.gatherings && warp.gathering[found].mask != mask) ++found;
   Gathering& g = warp.gathering[found];
   if (found == warp.gatherings) {
     g = {.mask = mask, .arrived = 0, .place = place, .operands = {}};
     ++warp.gatherings;
-  } else if (g.mask != mask) {
-    fail("lanes of a warp name masks that overlap and differ", place);
   } else if (!same(g.place, place)) {
     fail("lanes of one mask are at different warp operations", place);
   }
@@ -183,15 +178,6 @@ namespace {
 
 using Floats = float __attribute__((vector_size(32)));
 
-float widen(Factor factor, uint16_t bits) {
-  if (factor == Factor::bfloat16) return std::bit_cast<float>(uint32_t(bits) << 16);
-#if defined(__F16C__)
-  return _cvtsh_ss(bits);
-#else
-  return __half2float(std::bit_cast<__half>(bits));
-#endif
-}
-
 struct MultiplyOperand {
   Factor factor;
   float* d;
@@ -206,25 +192,20 @@ struct Factors {
 };
 
 Factors<16> halves(void* const (&operands)[32], Factor factor) {
-  Factors<16> all;
+  uint16_t a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& in = *static_cast<const MultiplyOperand*>(operands[lane]);
     const int group = lane / 4, pair = lane % 4 * 2;
-    for (int e = 0; e < 2; ++e) {
-      for (int i = 0; i < 4; ++i) {
-        all.a[group + i % 2 * 8][pair + e + i / 2 * 8] = widen(factor, uint16_t(in.a[i] >> 16 * e));
-      }
-      for (int i = 0; i < 2; ++i) {
-        all.b[pair + e + i * 8][group] = widen(factor, uint16_t(in.b[i] >> 16 * e));
-      }
+    for (int i = 0; i < 4; ++i) std::memcpy(&a[group + i % 2 * 8][pair + i / 2 * 8], &in.a[i], 4);
+    for (int i = 0; i < 2; ++i) {
+      b[pair + i * 8][group] = uint16_t(in.b[i]);
+      b[pair + i * 8 + 1][group] = uint16_t(in.b[i] >> 16);
     }
   }
+  Factors<16> all;
+  widen(factor, a[0], all.a[0], 256);
+  widen(factor, b[0], all.b[0], 128);
   return all;
-}
-
-// The hardware does not look at the bits that tf32 has not.
-float cut_to_tf32(uint32_t bits) {
-  return std::bit_cast<float>(bits & ~0x1fffu);
 }
 
 Factors<8> tf32s(void* const (&operands)[32], Factor) {
