@@ -40,7 +40,7 @@ struct Backward {
 };
 
 template <class T, int V, bool kByRow>
-__global__ void __launch_bounds__(512) backward_kernel(ChannelGrid grid, Backward<T> call) {
+__global__ void __launch_bounds__(512, 1) backward_kernel(ChannelGrid grid, Backward<T> call) {
   using S = Sum<T>;
   constexpr int K = kThreadChannels<kByRow, V>;
   constexpr int kAtOnce = V == 1 ? 4 : 2;

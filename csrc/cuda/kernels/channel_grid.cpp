@@ -6,7 +6,8 @@
 namespace convext::cuda {
 namespace {
 
-constexpr int64_t kMostThreads = 512, kLeastThreads = 64;
+// Small blocks fill a device's registers better, large ones a tensor's few channels.
+constexpr int64_t kLeastThreads = 64, kManyBlocksThreads = 256, kFewBlocksThreads = 512;
 constexpr int64_t kMostColumns = 32;
 constexpr int64_t kSector = 32;  // bytes, the least that memory is read by
 
@@ -64,8 +65,9 @@ ChannelGrid::ChannelGrid(const BatchNormProblem& p, DType dtype, Layout layout, 
   parts = std::max<int64_t>(1, ceil_div(items, part_items));
 
   constexpr int64_t kItemsOfThread = 4;
+  const bool few = parts == 1 && groups < kEnoughGroups;
   threads = int(std::clamp(power_of_two(ceil_div(part_items * columns, kItemsOfThread)),
-                           kLeastThreads, kMostThreads));
+                           kLeastThreads, few ? kFewBlocksThreads : kManyBlocksThreads));
   const int64_t rows = threads / columns;
   run_step = rows % run;
   step = rows / run * run_distance + run_step * item_distance;
