@@ -50,7 +50,7 @@ cuda-check: $(VENV)/.built ## compile the CUDA half, without a GPU; nvcc is inst
 	$(BIN)/python tests/cuda_check.py --jobs $(MAX_JOBS) $(ARGS)
 
 cuda-emulate: $(VENV)/.built ## the CUDA kernels on the CPU, the whole list of problems
-	CONVEXT_EMULATE=all $(BIN)/python -m pytest tests/test_cuda_emulated.py $(ARGS)
+	$(BIN)/python -m pytest --emulate-all tests/test_cuda_*.py $(ARGS)
 
 gpu-test: $(VENV)/.built ## every test, those of a GPU too, which must be there
 	CONVEXT_TEST_DEVICE=cuda $(BIN)/python -m pytest $(ARGS)
