@@ -89,7 +89,7 @@ def stages(folder: Path, data_dir: str | None) -> list[Stage]:
     train = [*python, "-m", "convext", "train", "--device", "cuda", "--epochs", "1"]
     train += ["--data-dir", data_dir] if data_dir else []
     bench = [*python, "-m", "convext", "bench", "--device", "cuda", "--groups"]
-    bench += ["mnist", "resnet50", "mobilenet", "batchnorm", "block", "step"]
+    bench += ["mnist", "resnet50", "mobilenet", "batchnorm", "block", "step", "--batch", "64"]
     made = [
         Stage("machine", [*python, "-c", MACHINE], 60),
         Stage(
