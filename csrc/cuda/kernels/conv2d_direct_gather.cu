@@ -7,6 +7,7 @@
 // warp find what the others have brought into the cache. Threads of a block differ first in pixels
 // (nchw) or first in channels (nhwc), so that their stores, and the reads that differ, are of
 // neighbours.
+#include <bit>
 #include <numeric>
 
 #include "cuda/kernels/conv2d_direct.h"
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 4 : 2)
   const int channel_lane = g.channels_first ? thread & (channel_lanes - 1) : thread / pixel_lanes;
   const int pixel_lane = g.channels_first ? thread >> g.channel_bits : thread & (pixel_lanes - 1);
   const int tile_channels = channel_lanes * kChannels;
+  const int tile_bits = g.channel_bits + std::bit_width(unsigned(kChannels)) - 1;
   const Index first_channel = channel_tile * tile_channels;
 
   // Sources that a pixel meets with tap (0, 0) of its class; far outside for a slot that is none.
@@ -175,22 +177,34 @@ __global__ void __launch_bounds__(kThreads, sizeof(Index) == 4 ? 4 : 2)
       const int chunk = g.chunk.divisor();
       const T* const chunk_weight = weight + group * g.weight_group +
                                     first_channel * g.weight_target + first * g.weight_source;
-      for (int i = thread; i < chunk * tile_channels; i += kThreads) {
-        int channel, rest;
-        if (g.targets_fastest) {
-          channel = i & (tile_channels - 1), rest = i / tile_channels;
-        } else {
-          const auto divided = g.chunk.divide(i);
-          channel = divided.quotient, rest = divided.remainder;
+      // Several at a time, for each waits for memory.
+      constexpr int kLoads = 4;
+      for (int load = thread; load < chunk * tile_channels; load += kLoads * kThreads) {
+        Sum<T> loaded[kLoads];
+        int to[kLoads];
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          const int i = load + j * kThreads;
+          int channel, rest;
+          if (g.targets_fastest) {
+            channel = i & (tile_channels - 1), rest = i >> tile_bits;
+          } else {
+            const auto divided = g.chunk.divide(i);
+            channel = divided.quotient, rest = divided.remainder;
+          }
+          const auto [major, minor] = g.fastest.divide(rest);
+          const int tap = g.taps_fastest ? minor : major, c = g.taps_fastest ? major : minor;
+          const bool used = i < chunk * tile_channels && tap < tap_count && c < count;
+          to[j] = used ? (tap * g.chunk_channels + c) * g.weight_pitch + channel : -1;
+          const bool exists = used && channel < g.target_channels - first_channel;
+          loaded[j] = exists ? widen(chunk_weight[channel * g.weight_target + c * g.weight_source +
+                                                  tap_weight[tap]])
+                             : Sum<T>(0);
         }
-        const auto [major, minor] = g.fastest.divide(rest);
-        const int tap = g.taps_fastest ? minor : major, c = g.taps_fastest ? major : minor;
-        if (tap >= tap_count || c >= count) continue;
-        const bool exists = channel < g.target_channels - first_channel;
-        weights[(tap * g.chunk_channels + c) * g.weight_pitch + channel] =
-            exists ? widen(chunk_weight[channel * g.weight_target + c * g.weight_source +
-                                        tap_weight[tap]])
-                   : Sum<T>(0);
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          if (to[j] >= 0) weights[to[j]] = loaded[j];
+        }
       }
       __syncthreads();
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ void add_lanes(S (&values)[kSums], int lane, int kept
 
 // Sums go to `sums`, [split][weight], or rounded to grad_weight where that is null.
 template <class T, class Index, TapTile kTile, int kFilters>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(Sum<T>) + sizeof(Index) == 8 ? 3 : 2)
     weight_kernel(const T* input, const T* grad_output, T* grad_weight, Sum<T>* sums,
                   WeightSums<Index> g) {
   constexpr int kTaps = kSums / kFilters;
@@ -101,19 +101,19 @@ __global__ void __launch_bounds__(kThreads)
     Sum<T> sum[kSums] = {};
     const Index left = end - chain;
     const int steps = left < kChain * pixel_lanes ? int(left) : kChain * pixel_lanes;
-#pragma unroll 1
+#pragma unroll 2
     for (int i = 0; i < steps; i += pixel_lanes) {
       const auto [image_row, x] = g.out_columns.divide(chain + i);
       const auto [n, y] = g.out_rows.divide(image_row);
       const Index row = y * g.stride_height + to_row, column = x * g.stride_width + to_column;
-      if (row < 0 || row >= g.in_height) continue;
-      if (!kColumns && (column < 0 || column >= g.in_width)) continue;
+      const bool met =
+          row >= 0 && row < g.in_height && (kColumns || (column >= 0 && column < g.in_width));
       const T* const pixel = source + n * g.input.n + row * g.input.h;
       Sum<T> values[kTaps], grad[kFilters];
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         const Index at = kColumns ? column + t * g.dilation_width : column;
-        const bool inside = t < taps && (!kColumns || (at >= 0 && at < g.in_width));
+        const bool inside = met && t < taps && (!kColumns || (at >= 0 && at < g.in_width));
         values[t] =
             inside ? widen(pixel[at * g.input.w + (kColumns ? 0 : t * g.input.c)]) : Sum<T>(0);
       }
