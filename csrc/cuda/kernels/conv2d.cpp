@@ -15,7 +15,7 @@ constexpr Conv2dAlgorithm kAlgorithms[] = {
     // Writes the convolution matrix out, a piece at a time, and multiplies it.
     {"im2col", conv2d_im2col_declines, conv2d_im2col, false},
     // Multiplies the convolution matrix without writing it out.
-    {"implicit_gemm", conv2d_implicit_gemm_declines, conv2d_implicit_gemm, false},
+    {"implicit_gemm", conv2d_implicit_gemm_declines, conv2d_implicit_gemm, true},
 };
 
 }  // namespace

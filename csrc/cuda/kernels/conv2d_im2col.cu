@@ -150,7 +150,10 @@ class Im2col {
       write_columns(piece, columns);
       write_grad(grad_output, piece, copied ? copy : nullptr, channels);
       Gemm g = product(piece);
-      if (!pieces) return multiply_and_add(g, call_, unit_, sums);
+      if (!pieces) {
+        multiply_and_add(g, call_, unit_, sums);
+        return;
+      }
       g.sums = sums;
       multiply(g, call_, unit_);
       carried.last = is_last(piece);
@@ -220,7 +223,7 @@ class Im2col {
   // At least one, be it empty: its product writes zeros.
   template <class F>
   void each_piece(int64_t most, const F& f) const {
-    if (p_.batch == 0) return f(Piece{{0, 0}, {0, p_.out_height()}, {}});
+    if (p_.batch == 0) f(Piece{{0, 0}, {0, p_.out_height()}, {}});
     for (int64_t n = 0; n < p_.batch;) {
       const Range images = images_at(n, most);
       const int64_t rows = rows_of(most);

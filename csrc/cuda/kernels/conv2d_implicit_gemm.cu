@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "cuda/kernels/conv2d_places.h"
+#include "cuda/kernels/moments.h"
 
 namespace convext::cuda {
 namespace {
@@ -45,8 +46,17 @@ class ImplicitGemm {
     g.b = operand(weight, Axis::line(p_.group_out_channels(), weight.n), all_taps(weight, inside_),
                   true, vectors);
     g.out = pixels_of(output, all_pixels(output, p_.batch), true);
-    cut(g, call_.dtype, unit_);
-    run(g, arena_.take<char>(bytes_of_sums(split_sums(g))));
+    const bool moments = call_.epilogue.mean;
+    cut(g, call_.dtype, unit_, moments ? 1 : INT_MAX);
+    void* const sums = arena_.take<char>(bytes_of_sums(split_sums(g)));
+    if (moments) {
+      const int64_t tiles = ceil_div(p_.out_pixels(), kLeastTileRows);
+      g.moments = arena_.take<char>(bytes_of_sums(tiles * 2 * p_.out_channels));
+    }
+    const int64_t tile_rows = run(g, sums);
+    if (moments && !arena_.counting()) {
+      call_.dtype == DType::float64 ? merge<double>(g, tile_rows) : merge<float>(g, tile_rows);
+    }
   }
 
   // rows: filters. columns: taps. k: pixels of the output.
@@ -239,8 +249,16 @@ class ImplicitGemm {
     return count * (call_.dtype == DType::float64 ? 8 : 4);
   }
 
-  void run(const Gemm& g, void* sums) {
-    if (!arena_.counting()) multiply_and_add(g, call_, unit_, sums);
+  // Returns how many rows a tile has.
+  int64_t run(const Gemm& g, void* sums) {
+    return arena_.counting() ? 0 : multiply_and_add(g, call_, unit_, sums);
+  }
+
+  template <class S>
+  void merge(const Gemm& g, int64_t tile_rows) const {
+    merge_moments(static_cast<const S*>(g.moments), tile_rows, p_.out_pixels(), p_.out_channels,
+                  static_cast<S*>(call_.epilogue.mean), static_cast<S*>(call_.epilogue.deviation),
+                  call_.stream);
   }
 
   const Conv2dCall& call_;

@@ -135,7 +135,7 @@ void cut(Gemm& g, DType dtype, GemmUnit unit, int64_t most_splits) {
   g.splits = g.k > 0 ? uint32_t(ceil_div(g.k, g.split_k)) : 1;
 }
 
-void multiply(Gemm g, const Conv2dCall& call, GemmUnit unit) {
+int64_t multiply(Gemm g, const Conv2dCall& call, GemmUnit unit) {
   if (unit == GemmUnit::tensor_cores && !(g.a.vectors && g.b.vectors)) {
     unit = GemmUnit::simt;
     cut_tiles(g, call.dtype, unit);
@@ -147,6 +147,7 @@ void multiply(Gemm g, const Conv2dCall& call, GemmUnit unit) {
     }
     multiply_simt<T>(g, call);
   });
+  return tile_size(unit, g.large_tiles).m;
 }
 
 void add_splits(const Gemm& g, const Conv2dCall& call, Carried carried) {
@@ -157,10 +158,11 @@ void add_splits(const Gemm& g, const Conv2dCall& call, Carried carried) {
   });
 }
 
-void multiply_and_add(Gemm g, const Conv2dCall& call, GemmUnit unit, void* sums) {
+int64_t multiply_and_add(Gemm g, const Conv2dCall& call, GemmUnit unit, void* sums) {
   if (g.splits > 1) g.sums = sums;
-  multiply(g, call, unit);
+  const int64_t tile_rows = multiply(g, call, unit);
   if (g.splits > 1) add_splits(g, call);
+  return tile_rows;
 }
 
 void write_matrix(const GemmOperand& operand, DType dtype, uint32_t rows, uint32_t length,

@@ -97,6 +97,9 @@ struct Gemm {
   GemmOutput out;
   // Null, or where sums go instead of `out`, without epilogue: [split][group][m][n], of Sum<T>.
   void* sums = nullptr;
+  // Null, or where the moments of what comes out of the epilogue go: [tile of rows][mean, sum of
+  // squared deviations][channel], of Sum<T>. Then there is one split.
+  void* moments = nullptr;
 
   // How the work is cut. Of a split's k's there are a multiple of every tile's.
   bool large_tiles = false;
@@ -115,6 +118,9 @@ inline GemmUnit gemm_unit(const Conv2dCall& call) {
   return tensor_cores && call.compute_capability >= 80 ? GemmUnit::tensor_cores : GemmUnit::simt;
 }
 
+// Rows of the smallest tile.
+constexpr int64_t kLeastTileRows = 64;
+
 // Cuts the work into tiles and splits, by its shape alone; `most_splits` of 1 forbids to split.
 void cut(Gemm&, DType, GemmUnit, int64_t most_splits = INT_MAX);
 
@@ -125,8 +131,8 @@ inline int64_t split_sums(const Gemm& g) {
 
 // Multiplies what cut() has cut for this unit; without vectors tensor cores cannot, and others do.
 // Epilogue and stream are those of the call, and its dtype that of the operands. Where there is
-// more than one split, `sums` is set, and add_splits() follows.
-void multiply(Gemm, const Conv2dCall& call, GemmUnit);
+// more than one split, `sums` is set, and add_splits() follows. Returns how many rows a tile has.
+int64_t multiply(Gemm, const Conv2dCall& call, GemmUnit);
 
 // Sums [group][m][n] that outlive a product: the splits are added to them, or replace them if they
 // are the first, and go to the output where they are the last.
@@ -138,7 +144,7 @@ struct Carried {
 void add_splits(const Gemm&, const Conv2dCall& call, Carried carried = {});
 
 // Both, with room for split_sums().
-void multiply_and_add(Gemm, const Conv2dCall& call, GemmUnit, void* sums);
+int64_t multiply_and_add(Gemm, const Conv2dCall& call, GemmUnit, void* sums);
 
 // to[group][row][k], of `length` k's a row, is the operand's element, zero beyond its axes.
 void write_matrix(const GemmOperand&, DType, uint32_t rows, uint32_t length, uint32_t groups,

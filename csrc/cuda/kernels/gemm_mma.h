@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/kernels/gemm.h"
+#include "cuda/kernels/gemm_moments.h"
 #include "cuda/kernels/gemm_output.h"
 
 namespace convext::cuda {
@@ -187,6 +188,59 @@ __device__ void store_sums(const GemmWriter<T>& writer, float* slab, uint32_t m0
   }
 }
 
+// Takes the sums through the epilogue, and moments of what comes out.
+template <class T, class Tile>
+__device__ void finish_with_moments(const Gemm& g, const Epilogue<T>& epilogue,
+                                    const GemmBlock& block, float* shared,
+                                    float (&sums)[Tile::warp_m / 16][Tile::warp_n / 8][4]) {
+  constexpr int kSlots = Tile::m / Tile::warp_m * 8;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first_row = warp / Tile::warps_n * Tile::warp_m + lane / 4;
+  const int first_column = warp % Tile::warps_n * Tile::warp_n + lane % 4 * 2;
+  const int slot = warp / Tile::warps_n * 8 + lane / 4;
+  const MomentsOfTile<float> moments(g, block, Tile::m, Tile::n);
+#pragma unroll
+  for (int j = 0; j < Tile::warp_n / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t column = first_column + j * 8 + e;
+      if (column >= moments.columns) continue;
+      const ChannelEpilogue<T> finish(epilogue,
+                                      int64_t(block.group) * g.n + block.n_tile * Tile::n + column);
+#pragma unroll
+      for (int i = 0; i < Tile::warp_m / 16; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& sum = sums[i][j][half * 2 + e];
+          sum = widen(narrow<T>(finish(sum)));
+        }
+      }
+    }
+  }
+  sum_moments<Tile::n, kSlots>(
+      reinterpret_cast<float (*)[Tile::n]>(shared), moments.rows, moments.columns, moments.mean,
+      moments.deviation, [&](const auto& each) {
+#pragma unroll
+        for (int j = 0; j < Tile::warp_n / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            each(first_column + j * 8 + e, slot, [&](const auto& of) {
+              float total = 0;
+#pragma unroll
+              for (int i = 0; i < Tile::warp_m / 16; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                  const float value = of(sums[i][j][half * 2 + e]);
+                  if (uint32_t(first_row + i * 16 + half * 8) < moments.rows) total += value;
+                }
+              }
+              return total;
+            });
+          }
+        }
+      });
+}
+
 template <class T, class Tile, bool kAAlongK, bool kBAlongK>
 __global__ void __launch_bounds__(Tile::threads)
     mma_kernel(const Gemm g, const Epilogue<T> epilogue) {
@@ -250,6 +304,9 @@ __global__ void __launch_bounds__(Tile::threads)
   wait_for_copies<0>();
   __syncthreads();
 
+  if (g.moments) {
+    finish_with_moments<T, Tile>(g, epilogue, block, reinterpret_cast<float*>(shared), sums);
+  }
   const GemmWriter<T> writer(g, epilogue, block.group, block.split);
   store_sums<T, Tile>(writer, reinterpret_cast<float*>(shared) + warp * Tile::slab, m0 + warp_m,
                       n0 + warp_n, sums);

@@ -35,6 +35,7 @@ class GemmWriter {
   __device__ GemmWriter(const Gemm& g, const Epilogue<T>& epilogue, uint32_t group, uint32_t split)
       : g_(g),
         epilogue_(epilogue),
+        done_(g.moments),
         first_channel_(int64_t(group) * g.n),
         sums_(g.sums
                   ? static_cast<Sum<T>*>(g.sums) + (int64_t(split) * g.groups + group) * g.m * g.n
@@ -78,7 +79,7 @@ class GemmWriter {
       Vector<T, kCount> vector;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
-        vector.of[e] = narrow<T>(epilogue_(sums[e], first_channel_ + n + e));
+        vector.of[e] = finish(sums[e], n + e);
       }
       *reinterpret_cast<Vector<T, kCount>*>(to_ + row.offset + column.offset) = vector;
     } else {
@@ -97,7 +98,7 @@ class GemmWriter {
       Vector<T, kCount> vector;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
-        vector.of[e] = narrow<T>(epilogue_(sums[e], first_channel_ + n));
+        vector.of[e] = finish(sums[e], n);
       }
       *reinterpret_cast<Vector<T, kCount>*>(to_ + row.offset + column.offset) = vector;
     } else {
@@ -107,14 +108,19 @@ class GemmWriter {
   }
 
  private:
+  __device__ T finish(Sum<T> sum, uint32_t n) const {
+    return narrow<T>(done_ ? sum : epilogue_(sum, first_channel_ + n));
+  }
+
   __device__ void put(const Place& row, uint32_t n, Sum<T> sum) const {
     const Place column = g_.out.columns.at(n);
     if (!g_.out.holds(row, column)) return;
-    to_[row.offset + column.offset] = narrow<T>(epilogue_(sum, first_channel_ + n));
+    to_[row.offset + column.offset] = finish(sum, n);
   }
 
   const Gemm& g_;
   const Epilogue<T>& epilogue_;
+  bool done_;  // whether sums have come through the epilogue
   int64_t first_channel_;
   Sum<T>* sums_;
   T* to_;

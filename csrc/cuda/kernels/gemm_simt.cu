@@ -1,5 +1,6 @@
 // The product in ordinary arithmetic: float32 and float64 exact, 16-bit factors summed in float32.
 #include "cuda/kernels/gemm.h"
+#include "cuda/kernels/gemm_moments.h"
 #include "cuda/kernels/gemm_output.h"
 
 namespace convext::cuda {
@@ -178,7 +179,35 @@ __global__ void __launch_bounds__(Tile::threads)
 
   // From shared memory, for loops over registers would be code for each of them.
   const GemmWriter<T> writer(g, epilogue, block.group, block.split);
-  const auto chain = [&](int i, int j) { return shared.chains[i * Tile::thread_n + j][thread]; };
+  const auto chain = [&](int i, int j) -> S& {
+    return shared.chains[i * Tile::thread_n + j][thread];
+  };
+  if (g.moments) {
+    const MomentsOfTile<S> moments(g, block, Tile::m, Tile::n);
+#pragma unroll 1
+    for (int j = 0; j < Tile::thread_n; ++j) {
+      const uint32_t column = Tile::column(thread, j);
+      if (column >= moments.columns) continue;
+      const ChannelEpilogue<T> finish(epilogue, int64_t(block.group) * g.n + n0 + column);
+      for (int i = 0; i < Tile::thread_m; ++i) chain(i, j) = widen(narrow<T>(finish(chain(i, j))));
+    }
+    constexpr int kSlots = Tile::threads / Tile::columns;
+    static_assert(sizeof shared.a >= sizeof(S) * (kSlots + 1) * Tile::n);
+    sum_moments<Tile::n, kSlots>(
+        reinterpret_cast<S(*)[Tile::n]>(shared.a), moments.rows, moments.columns, moments.mean,
+        moments.deviation, [&](const auto& each) {
+#pragma unroll 1
+          for (int j = 0; j < Tile::thread_n; ++j) {
+            each(Tile::column(thread, j), thread / Tile::columns, [&](const auto& of) {
+              S total = 0;
+              for (int i = 0; i < Tile::thread_m; ++i) {
+                if (uint32_t(Tile::row(thread, i)) < moments.rows) total += of(chain(i, j));
+              }
+              return total;
+            });
+          }
+        });
+  }
   if (writer.along_rows()) {
 #pragma unroll 1
     for (int i = 0; i < Tile::thread_m; i += 4) {
