@@ -3,11 +3,10 @@
 import itertools
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from emulated_cuda import FORMATS, RELUS, Kernels, build
+from emulated_cuda import FORMATS, RELUS, Kernels
 from problems import SMALL, Conv2dProblem
 from reference import FLOATS, HALVES, operands
 from torch import Tensor
@@ -54,16 +53,6 @@ TOLERANCE = {
     torch.float16: 2e-3,
 }
 ALL_DTYPES = (*FLOATS, *HALVES)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("cuda_emulated"))
-
-
-@pytest.fixture(scope="module")
-def kernels(library) -> Kernels:
-    return Kernels(library)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -307,14 +296,14 @@ def everything(kernels: Kernels) -> list[Tensor]:
     return results + list(kernels.merge_moments(partial, 3, 2099))
 
 
-def test_same_bits_under_every_schedule(library, kernels, monkeypatch):
+def test_same_bits_under_every_schedule(kernels, tmp_path, monkeypatch):
     """The emulator runs a block's threads in another order, from its environment, which it reads
     once: so there is a copy of it for every order.
     """
     expected = everything(kernels)
     for order in ("1", "7"):
-        copy = library.with_name(f"of_order_{order}.so")
-        shutil.copy(library, copy)
+        copy = tmp_path / f"of_order_{order}.so"
+        shutil.copy(kernels.library, copy)
         monkeypatch.setitem(os.environ, "CONVEXT_EMULATOR_ORDER", order)
         assert all(map(torch.equal, everything(Kernels(copy)), expected)), order
 

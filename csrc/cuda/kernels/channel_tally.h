@@ -77,6 +77,7 @@ constexpr size_t tally_bytes(int threads) {
 
 // The block's threads, a power of two, stand in rows of `columns`, a power of two as well. Merges
 // the tallies of every column, halves of the rows at a time, and returns a thread its column's.
+// The memory is read until the block's next barrier.
 template <class Tally>
 __device__ __forceinline__ Tally merge_rows(Tally tally, int columns,
                                             typename Tally::Value* shared) {
@@ -97,7 +98,6 @@ __device__ __forceinline__ Tally merge_rows(Tally tally, int columns,
     }
     return to;
   };
-  __syncthreads();  // whoever used this memory before has read it
   put(tally);
   for (int half = threads / 2; half >= columns; half /= 2) {
     __syncthreads();
