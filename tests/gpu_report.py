@@ -2,7 +2,8 @@
 
 Builds in place with the torch and nvcc that are there, runs the tests of CUDA, trains, measures
 beside cuDNN, and has compute-sanitizer look on. A stage that fails or takes too long is said so and
-the next one runs. Leaves report.md, report.json and log.txt in a folder.
+the next one runs. Leaves report.md, report.json and log.txt in a folder. Where the package is built
+already, `--only machine tests train bench sanitizer` saves the time of that.
 """
 
 import argparse
@@ -131,7 +132,9 @@ def stages(folder: Path, data_dir: str | None) -> list[Stage]:
 
 
 MACHINE = """
-import subprocess, torch
+import pathlib, subprocess, sys, sysconfig, torch
+headers = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+print("Python", sys.version, "" if headers.is_file() else f"without {headers}: there is no build")
 print(torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
 for command in (["nvidia-smi"], ["nvcc", "--version"]):
     try:
