@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from convext.bench.machine import Peaks
 from convext.bench.report import heading, label
-from convext.bench.results import Row
+from convext.bench.results import ON_GPU, Row
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 _MARKERS = "osD^vP*X"
@@ -31,8 +31,9 @@ def save_all(folder: Path, rows: Sequence[Row], peaks: dict[tuple[str, int], Pea
     for (dtype, threads), peak in peaks.items():
         counted = [r for r in rows if (r.dtype, r.threads) == (dtype, threads) and r.flops]
         if counted:
-            path = folder / f"roofline-{dtype}-{threads}.png"
-            save_roofline(path, counted, peak, f"{dtype}, threads: {threads}")
+            path = folder / f"roofline-{dtype}-{threads or 'GPU'}.png"
+            where = "GPU" if threads == ON_GPU else f"threads: {threads}"
+            save_roofline(path, counted, peak, f"{dtype}, {where}")
             saved.append(path)
     return saved
 
