@@ -3,7 +3,8 @@
 #
 #   make train ARGS="--epochs 5"      PYTHON=python3.12     the Python that .venv is made from
 #   make test ARGS="-k conv2d -x"     TORCH=torch==2.14.1   the torch that .venv holds
-#                                     MAX_JOBS=4            parallel compilations
+#   make test TEST_JOBS=0 ARGS=--pdb  MAX_JOBS=4            parallel compilations
+#                                     TEST_JOBS=4           parallel tests; 0 is pytest alone
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +13,17 @@ PYTHON ?= python3
 TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),torch==2.13.0)
 MAX_JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export MAX_JOBS
+# A process imports torch and lists all tests before it runs any: more than eight gain nothing.
+TEST_JOBS ?= $(shell echo $$(($(MAX_JOBS) > 8 ? 8 : $(MAX_JOBS))))
 # As if .venv were activated: one ninja for every build, whatever else is installed.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # With its folders, whose times tell that a file was added or removed.
 CSRC := $(shell find csrc)
+# A file's tests stay in one process, and with them what they build once. In order, for those that
+# take longest come early in the alphabet.
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 NO_DEPS := tests/requirements-no-deps.txt
 NVCC := tests/requirements-nvcc.txt
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -34,10 +40,10 @@ train: $(VENV)/.built ## train the MNIST CNN on our kernels
 	$(BIN)/python -m convext train $(ARGS)
 
 test: $(VENV)/.built ## every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.built ## the tests not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 bench: $(VENV)/.built ## our kernels beside PyTorch's
 	$(BIN)/python -m convext bench $(ARGS)

@@ -6,8 +6,10 @@ sees to it that no kernel in the build goes untested where the instructions are 
 
 import ctypes
 import itertools
+import os
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,13 +36,22 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("emulated fused multiply-adds need a CPU with FMA")
     if not Path("/usr/include/simde/x86/avx512.h").exists():
         pytest.skip("SIMD Everywhere is not installed (Debian: libsimde-dev)")
-    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    command = ["g++", "-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi"]
-    command += ["-mavx2", "-mfma", "-mf16c", "-DCONVEXT_EMULATE_SIMD"]
-    command += [f"-I{ROOT}/tests/emulation", f"-I{ROOT}/csrc", "-o", str(library)]
-    command += sorted(str(path) for path in (ROOT / "csrc/cpu/kernels").glob("*.cpp"))
-    command += [f"{ROOT}/tests/emulation/kernels_c.cpp"]
-    subprocess.run(command, check=True)
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-Wno-psabi"]
+    flags += ["-mavx2", "-mfma", "-mf16c", "-DCONVEXT_EMULATE_SIMD"]
+    flags += [f"-I{ROOT}/tests/emulation", f"-I{ROOT}/csrc"]
+
+    def compiled(source: Path) -> Path:
+        made = folder / f"{source.stem}.o"
+        subprocess.run(["g++", *flags, "-c", source, "-o", made], check=True)
+        return made
+
+    sources = [ROOT / "tests/emulation/kernels_c.cpp", *(ROOT / "csrc/cpu/kernels").glob("*.cpp")]
+    sources.sort(key=lambda source: not source.name.startswith("isa_"))  # the longest ones first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    library = folder / "kernels.so"
+    subprocess.run(["g++", "-shared", "-o", library, *objects], check=True)
     return ctypes.CDLL(str(library))
 
 

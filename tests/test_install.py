@@ -34,6 +34,7 @@ print(convext.__file__)
 def run(*command, cwd, check=True, **env):
     """Run a command without the environment's Python settings; its output on failure."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    kept["CFLAGS"] = "-O0"  # how well the library is optimized plays no part here, how soon does
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,

@@ -69,6 +69,13 @@ CPU_SOURCES = ["csrc/cpu/conv2d.cpp", "csrc/library.cpp"]
 CUDA_SOURCES = ["csrc/cuda/conv2d.cpp", "csrc/cuda/kernels/gemm.cu"]
 
 
+def test_cflags_go_before_our_own(extension, monkeypatch):
+    monkeypatch.setenv("CFLAGS", "-g -O1")
+    flags = extension().extra_compile_args["cxx"]
+    assert {"-g0", "-O3"} < set(flags)
+    assert flags[-2:] == ["-g", "-O1"]  # of two that contradict each other the last one counts
+
+
 def test_cuda_sources_stay_out_without_cuda(extension, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert extension().sources == CPU_SOURCES
