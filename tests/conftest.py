@@ -51,6 +51,14 @@ def _algorithms(device: str) -> tuple[str, ...]:
     return listed(device) if listed else ("direct", "im2col")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate-all",
+        action="store_true",
+        help="run the CUDA kernels on the CPU for every problem, dtype and layout",
+    )
+
+
 def pytest_generate_tests(metafunc):
     names = [name for name in ("device", "isa", "algorithm") if name in metafunc.fixturenames]
     if not names:

@@ -5,16 +5,11 @@ problems, indices of 64 bits, and the error of its sums.
 import numpy as np
 import pytest
 import torch
-from emulated_cuda import FORMATS, Kernels, build
+from emulated_cuda import FORMATS
 from problems import Conv2dProblem, named
 from reference import HALVES, PASSES, Operands, expect, operands, torch_pass
 
 P = Conv2dProblem
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> Kernels:
-    return Kernels(build(tmp_path_factory.mktemp("cuda_direct")))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 
 #include "cuda/kernels/conv2d_depthwise.h"
 #include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/fast_divisor.h"
 
 namespace convext::cuda {
 namespace {
@@ -25,6 +26,7 @@ struct Tiling {
   int source_columns, source_rows;  // that a tile meets
   int pitch;                        // elements from row to row
   int lane_bits;                    // 2^lane_bits threads load a row together
+  FastDivisor by_columns, by_strips, by_tiles_x, by_tiles_y, by_source_rows;
 
   // Step and span: how far apart sources of neighbouring targets are, and how many one meets.
   Tiling(int width, int height, int64_t plane_count, int strip, int step, int span, int size) {
@@ -48,6 +50,11 @@ struct Tiling {
     }
     groups = int(ceil_div(plane_count, planes));
     lane_bits = std::min(int(std::bit_width(unsigned(source_columns - 1))), 5);
+    by_columns = FastDivisor(columns);
+    by_strips = FastDivisor(strips);
+    by_tiles_x = FastDivisor(tiles_x);
+    by_tiles_y = FastDivisor(tiles_y);
+    by_source_rows = FastDivisor(source_rows);
   }
 
   int64_t tiles() const { return int64_t(tiles_x) * tiles_y * groups; }
@@ -61,14 +68,16 @@ struct Place {
   int strip, column;       // within the tile
 
   __device__ Place(const Tiling& t, int tile) {
-    const int item = threadIdx.x;
-    column = item % t.columns;
-    strip = item / t.columns % t.strips;
-    plane = item / (t.columns * t.strips);
-    left = tile % t.tiles_x * t.columns;
-    tile /= t.tiles_x;
-    top = tile % t.tiles_y * t.strips;
-    first_plane = tile / t.tiles_y * t.planes;
+    const auto columns = t.by_columns.divide(threadIdx.x);
+    const auto strips = t.by_strips.divide(columns.quotient);
+    column = columns.remainder;
+    strip = strips.remainder;
+    plane = strips.quotient;
+    const auto x = t.by_tiles_x.divide(tile);
+    const auto y = t.by_tiles_y.divide(x.quotient);
+    left = x.remainder * t.columns;
+    top = y.remainder * t.strips;
+    first_plane = y.quotient * t.planes;
   }
 };
 
@@ -87,7 +96,8 @@ __device__ __forceinline__ void load_tile(Sum<T>* tile, const T* __restrict__ so
   const int lane = threadIdx.x & ((1 << t.lane_bits) - 1);
   for (int row = threadIdx.x >> t.lane_bits; row < t.planes * t.source_rows;
        row += kDepthwiseThreads >> t.lane_bits) {
-    const int plane = row / t.source_rows, y = top + row % t.source_rows;
+    const auto [plane, row_of_plane] = t.by_source_rows.divide(row);
+    const int y = top + row_of_plane;
     const bool inside = plane < planes && y >= 0 && y < height;
     const int64_t line = plane * distance + int64_t(y) * width;
 #pragma unroll 4
