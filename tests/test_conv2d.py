@@ -286,13 +286,13 @@ def test_memory_format(problem, input_layout, other_layout, device, algorithm):
 
 @every_problem
 @every_pass
-def test_float32_error_beside_torchs(problem, conv_pass, device, isa, algorithm):
+def test_float32_error_beside_torchs(problem, conv_pass, device, algorithm):
     """The largest error against float64 is at most twice that of PyTorch's own float32; of
     Winograd's algorithms, what their documentation says.
 
     The mean over draws, for the worst of one draw, or of all, is a matter of luck. A result rounded
     to the nearest float32 is off by half a unit in its last place; below that of the largest
-    result, errors are taken as equal.
+    result, errors are taken as equal. One ISA stands for all: see test_same_bits_on_every_isa.
     """
     ours = stock = floor = 0.0
     draws = 16
