@@ -4,7 +4,7 @@
 
 namespace emulator {
 
-#if defined(__x86_64__)
+#if defined(CONVEXT_EMULATOR_SWITCH)
 
 // A jump rather than a return: the processor predicts returns by the calls that it has seen.
 asm(R"(

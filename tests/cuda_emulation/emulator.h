@@ -2,7 +2,7 @@
 // until it waits for others, so that the schedule is ours to choose. Kernels see this file's
 // threads and functions through cuda_language.h and emulated_device.h.
 //
-// The environment, read when the library is loaded, chooses the schedule; a kernel must be right
+// The environment, read at every launch, chooses the schedule; a kernel must be right
 // under all:
 //
 //   CONVEXT_EMULATOR_ORDER    0 (usual): blocks, warps and lanes in order; 1: in reverse; 2 and

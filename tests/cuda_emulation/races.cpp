@@ -61,8 +61,7 @@ struct Where {
 
 struct Hash {
   size_t operator()(const Where& w) const {
-    return (reinterpret_cast<size_t>(w.instruction) + reinterpret_cast<size_t>(w.file) + w.line) *
-           0x9e3779b97f4a7c15u;
+    return reinterpret_cast<size_t>(w.instruction) + reinterpret_cast<size_t>(w.file) + w.line;
   }
 };
 
@@ -78,6 +77,7 @@ struct Book {
       recent{};  // pages, by the lowest bits of the number
   std::vector<Where> places{1};
   std::unordered_map<Where, uint32_t, Hash> place_numbers;
+  std::array<std::pair<Where, uint32_t>, 4096> recent_places{};  // by the lowest bits of the hash
 
   Book() {
     for (int t = 0; t < kMostThreads; ++t) clocks[t][t] = 1;
@@ -108,9 +108,12 @@ Byte* bytes_at(uintptr_t address) {
 
 uint32_t number_of(const Where& where) {
   Book& b = book();
+  auto& [known, number] = b.recent_places[Hash()(where) % b.recent_places.size()];
+  if (number && known == where) return number;
   auto [entry, added] = b.place_numbers.try_emplace(where, uint32_t(b.places.size()));
   if (added) b.places.push_back(where);
-  return entry->second;
+  known = where;
+  return number = entry->second;
 }
 
 // "file:line", by the debugging information of the library that the instruction is in.

@@ -32,6 +32,16 @@ int from_environment(const char* name, int usual) {
   return text && *text ? std::atoi(text) : usual;
 }
 
+Settings from_environment() {
+  const char* async = std::getenv("CONVEXT_EMULATOR_ASYNC");
+  Settings s{from_environment("CONVEXT_EMULATOR_ORDER", 0), async && !std::strcmp(async, "early"),
+             from_environment("CONVEXT_EMULATOR_THREADS", std::thread::hardware_concurrency())};
+#if defined(__SANITIZE_ADDRESS__) || defined(CONVEXT_EMULATOR_RACES)
+  s.threads = 1;  // with address, static shared memory is there once; races keeps one book
+#endif
+  return s;
+}
+
 // The workers of the launch that is running; held by one launch at a time.
 std::mutex launching;
 std::vector<std::unique_ptr<Worker>> workers;
@@ -46,20 +56,7 @@ void wait_for_earlier_blocks(uint64_t position) {
 
 }  // namespace
 
-const Settings settings = [] {
-  if (std::getenv("EMU_ORDER") || std::getenv("EMU_ASYNC")) {
-    fail(
-        "EMU_ORDER=n and EMU_ASYNC=1 are CONVEXT_EMULATOR_ORDER=n and "
-        "CONVEXT_EMULATOR_ASYNC=early");
-  }
-  const char* async = std::getenv("CONVEXT_EMULATOR_ASYNC");
-  Settings s{from_environment("CONVEXT_EMULATOR_ORDER", 0), async && !std::strcmp(async, "early"),
-             from_environment("CONVEXT_EMULATOR_THREADS", std::thread::hardware_concurrency())};
-#if defined(__SANITIZE_ADDRESS__) || defined(CONVEXT_EMULATOR_RACES)
-  s.threads = 1;  // with address, static shared memory is there once; races keeps one book
-#endif
-  return s;
-}();
+Settings settings;
 
 void fail(const char* what, const char* place) {
   if (const Thread* t = current) {
@@ -370,6 +367,7 @@ void run(void (*body)(const void*), const void* argument, dim3 grid, dim3 block,
   check(grid, block, shared_bytes, place);
   static Helpers& helpers = *new Helpers;  // never destroyed: its threads use it until the end
   std::lock_guard lock(launching);
+  settings = from_environment();
   races::begin_launch();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   const int count = int(std::min<uint64_t>(std::max(settings.threads, 1), blocks));

@@ -22,7 +22,7 @@ struct Settings {
   bool early;
   int threads;
 };
-extern const Settings settings;  // from the environment
+extern Settings settings;  // of the launch that runs
 
 inline bool same(const Place& a, const Place& b) {
   return a.line() == b.line() &&

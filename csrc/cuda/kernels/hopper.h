@@ -8,7 +8,8 @@
 #include "cuda/kernels/device.h"
 #include "cuda/kernels/tensor_map.h"
 
-#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Defined, too, where no code for a device is made: on nvcc's host side and by the emulator.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define CONVEXT_SM90A 1
 #endif
 

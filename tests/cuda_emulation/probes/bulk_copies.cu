@@ -7,7 +7,7 @@ namespace {
 
 // Where byte `at` of a box lies: 16-byte pieces of a row of 32, 64 or 128 bytes are exchanged by
 // the number of the row, counted in lines of 128 bytes. CUDA programming guide, "TMA swizzle".
-__device__ int place_of(int at, Swizzle swizzle) {
+[[maybe_unused]] __device__ int place_of(int at, Swizzle swizzle) {
   const int line = at / 128 % 8, piece = at / 16 % 8;
   int exchanged = piece;
   if (swizzle == Swizzle::bytes128) exchanged = piece ^ line;
@@ -49,7 +49,7 @@ void check_boxes(MapElement element, Swizzle swizzle) {
   constexpr int kX = 88, kY = 20, kZ = 3, kRows = 5;
   const int columns = int(row_bytes(swizzle) / sizeof(T)), count = columns * kRows;
   Buffer<T> tensor(kX * kY * kZ), out(size_t(count) * 2);
-  for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = narrow<T>(float(i % 509) + 1);
+  for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = to_element<T>(float(i % 509) + 1);
   const MapTensor described{element,  swizzle,      tensor.data(),
                             3,        {kX, kY, kZ}, {0, kX * sizeof(T), kX * kY * sizeof(T)},
                             {1, 1, 1}};
@@ -62,8 +62,8 @@ void check_boxes(MapElement element, Swizzle swizzle) {
       for (int i = 0; i < 2 * count; ++i) {
         const int z = 1 + i / count, ay = y + i % count / columns, ax = x + i % columns;
         const bool inside = ax >= 0 && ax < kX && ay >= 0 && ay < kY;
-        const float right = inside ? widen(tensor[(z * kY + ay) * kX + ax]) : 0;
-        expect(widen(out[i]) == right, "a box", i);
+        const float right = inside ? to_float(tensor[(z * kY + ay) * kX + ax]) : 0;
+        expect(to_float(out[i]) == right, "a box", i);
       }
     }
   }
@@ -123,7 +123,7 @@ void check_pixels(Pixels p) {
   const int taps = p.kernel * p.kernel, count = p.n * p.out_h() * p.out_w();
   const int blocks = (count + kPixels - 1) / kPixels;
   Buffer<__half> image(size_t(p.n) * p.h * p.w * p.c), out(size_t(blocks) * kPixels * taps * p.c);
-  for (size_t i = 0; i < image.size(); ++i) image[i] = narrow<__half>(float(i % 1021) + 1);
+  for (size_t i = 0; i < image.size(); ++i) image[i] = to_element<__half>(float(i % 1021) + 1);
   const uint64_t pixel = uint64_t(p.c) * 2;
   const MapTensor described{MapElement::float16,
                             Swizzle::bytes64,
@@ -145,8 +145,8 @@ void check_pixels(Pixels p) {
       const int h = y * p.stride - p.padding + tap / p.kernel * p.dilation;
       const int w = x * p.stride - p.padding + tap % p.kernel * p.dilation;
       const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
-      const float right = inside ? widen(image[((size_t(n) * p.h + h) * p.w + w) * p.c + c]) : 0;
-      expect(widen(out[size_t(row) * taps * p.c + i]) == right, "a pixel", row);
+      const float right = inside ? to_float(image[((size_t(n) * p.h + h) * p.w + w) * p.c + c]) : 0;
+      expect(to_float(out[size_t(row) * taps * p.c + i]) == right, "a pixel", row);
     }
   }
 }

@@ -197,6 +197,17 @@ FAULT(lost_barrier) {
   finish();
 }
 
+// In every block a thread is missing, another one in each: the first of the schedule is reported,
+// whichever OS thread is faster.
+__global__ void many_lost(bool broken) {
+  if (!broken || threadIdx.x != blockIdx.x) __syncthreads();
+}
+
+FAULT(lost_barriers) {
+  launch(many_lost, dim3(20), dim3(kThreads), 0, nullptr, broken);
+  finish();
+}
+
 __global__ void partial_shuffle(int* out, int lanes) {
   const int lane = threadIdx.x;
   if (lane < lanes) out[lane] = __shfl_xor_sync(~0u, lane, 1);
@@ -254,7 +265,7 @@ FAULT(unwritten_shared) {
 
 __global__ void load_rows(uint32_t* out, int shift) {
   __shared__ __align__(16) __half s[16 * 16 + 8];
-  for (int i = threadIdx.x; i < 16 * 16 + 8; i += 32) s[i] = narrow<__half>(1);
+  for (int i = threadIdx.x; i < 16 * 16 + 8; i += 32) s[i] = to_element<__half>(1);
   __syncwarp();
   uint32_t matrices[4];
   load_matrices(matrices, &s[threadIdx.x * 8 + shift]);
@@ -364,7 +375,7 @@ __global__ void two_boxes(const __grid_constant__ TensorMap map, float* out,
     }
     if (wrong != int(HopperMistake::no_wait)) wait_for_phase(&full, turn);
     for (int row = 0; row < 8; ++row) {
-      sum += widen(shared[row * 64 + (t / 8 ^ row) * 8 + t % 8]);
+      sum += to_float(shared[row * 64 + (t / 8 ^ row) * 8 + t % 8]);
     }
     arrive(&empty);
   }
@@ -384,7 +395,7 @@ void run_boxes(HopperMistake mistake) {
   finish();
   for (int i = 0; i < 64; ++i) {
     float sum = 0;
-    for (int row = 0; row < 16; ++row) sum += widen(in[row * 64 + i]);
+    for (int row = 0; row < 16; ++row) sum += to_float(in[row * 64 + i]);
     expect(out[i] == sum, "sums of boxes", i);
   }
 }
@@ -412,7 +423,7 @@ FAULT(tma_into_what_is_read) {
 __global__ void one_product(float* out, HopperMistake mistake) {
 #ifdef CONVEXT_SM90A
   __half* shared = dynamic_shared<__half>();
-  for (int i = threadIdx.x; i < 64 * 16; i += 128) shared[i] = narrow<__half>(1);
+  for (int i = threadIdx.x; i < 64 * 16; i += 128) shared[i] = to_element<__half>(1);
   fence_shared_for_async();
   __syncthreads();
   float d[8];

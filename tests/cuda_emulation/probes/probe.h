@@ -13,14 +13,35 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/kernels/device.h"
-#include "cuda/kernels/element.h"
 
 namespace probes {
 
 using namespace convext::cuda;
+
+// From a float to an element and back, on the host too; what is tried is exact.
+template <class T>
+__host__ __device__ T to_element(float value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+__host__ __device__ inline float to_float(float value) {
+  return value;
+}
+__host__ __device__ inline float to_float(__half value) {
+  return __half2float(value);
+}
+__host__ __device__ inline float to_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
 
 // A probe by its name; of a fault, `broken` chooses between the mistake and its twin.
 struct Probe {
@@ -101,7 +122,7 @@ template <class T>
 void fill(Buffer<T>& buffer, unsigned seed) {
   for (size_t i = 0; i < buffer.size(); ++i) {
     seed = seed * 1664525u + 1013904223u;
-    buffer[i] = narrow<T>(float(int(seed >> 24) % 7 - 3));
+    buffer[i] = to_element<T>(float(int(seed >> 24) % 7 - 3));
   }
 }
 

@@ -54,8 +54,8 @@ void check_product() {
     for (int n = 0; n < kN; ++n) {
       float sum = 0;
       for (int k = 0; k < kK; ++k) {
-        sum += widen(a[kTransposedA ? k * kM + m : m * kK + k]) *
-               widen(b[kTransposedB ? n * kK + k : k * kN + n]);
+        sum += to_float(a[kTransposedA ? k * kM + m : m * kK + k]) *
+               to_float(b[kTransposedB ? n * kK + k : k * kN + n]);
       }
       expect(c[m * kN + n] == 1 + 2 * sum, "a product", m * kN + n);
     }

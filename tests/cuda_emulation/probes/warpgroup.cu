@@ -22,12 +22,10 @@ struct Gemm {
   static constexpr int kPiece = 16 / kElement;
   static constexpr bool kPlain = kSwizzle == Swizzle::none;
   static constexpr int kRow = int(row_bytes(kSwizzle)) / kElement;  // elements
-  static constexpr int kMultiply = 32 / kElement;                   // along k, of one product
   static constexpr int kDepth = kTransposedA || kTransposedB ? 64 : kPlain ? 2 * kPiece : kRow;
   static constexpr int kBytesA = tile_bytes(kRows, kDepth, kElement);
   static constexpr int kBytesB = tile_bytes(kColumns, kDepth, kElement);
   static constexpr int kShared = kStages * (kBytesA + kBytesB);
-  static constexpr uint32_t kExpected = (kRows + kColumns) * kDepth * kElement;
 
   // A tile is boxes of one row of the swizzle, one after the other: along k, or across where
   // transposed.
@@ -80,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages;
       if (step >= kStages) wait_for_phase(&empty[stage], (step / kStages + 1) % 2);
-      arrive_expecting(&full[stage], G::kExpected);
+      arrive_expecting(&full[stage], (kRows + kColumns) * G::kDepth * G::kElement);
       G::load(a_tiles + stage * G::kBytesA, a_map, &full[stage], kTransposedA, row, kRows,
               step * G::kDepth);
       G::load(b_tiles + stage * G::kBytesB, b_map, &full[stage], kTransposedB, column, kColumns,
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     const int stage = step % kStages;
     wait_for_phase(&full[stage], step / kStages % 2);
     fence_products();
-    for (int i = 0; i < G::kDepth; i += G::kMultiply) {
+    for (int i = 0; i < G::kDepth; i += 32 / G::kElement) {  // what one product takes along k
       const uint64_t a = G::operand(a_tiles + stage * G::kBytesA, kTransposedA, kRows, i);
       const uint64_t b = G::operand(b_tiles + stage * G::kBytesB, kTransposedB, kColumns, i);
       multiply<T, kColumns, kTransposedA, kTransposedB>(d, a, b, step > 0 || i > 0);
@@ -144,8 +142,8 @@ void check_gemm() {
     for (int x = 0; x < n; ++x) {
       float sum = 0;
       for (int i = 0; i < k; ++i) {
-        sum += widen(a[kTransposedA ? i * m + y : y * k + i]) *
-               widen(b[kTransposedB ? i * n + x : x * k + i]);
+        sum += to_float(a[kTransposedA ? i * m + y : y * k + i]) *
+               to_float(b[kTransposedB ? i * n + x : x * k + i]);
       }
       expect(c[size_t(y) * n + x] == sum, "a product", size_t(y) * n + x);
     }
