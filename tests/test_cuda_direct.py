@@ -5,9 +5,9 @@ problems, indices of 64 bits, and the error of its sums.
 import numpy as np
 import pytest
 import torch
-from emulated_cuda import FORMATS
+from emulated_cuda import FORMATS, Epilogue
 from problems import Conv2dProblem, named
-from reference import HALVES, PASSES, Operands, expect, operands, torch_pass
+from reference import FLOATS, HALVES, PASSES, Expected, Operands, expect, operands, torch_pass
 
 P = Conv2dProblem
 
@@ -29,13 +29,40 @@ LARGE = [
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
 @pytest.mark.parametrize("conv_pass", PASSES)
 @pytest.mark.parametrize("problem", LARGE, ids=str)
 def test_large(kernels, problem, conv_pass, dtype, layout):
     data = operands(problem, dtype)
     result = kernels.conv2d(problem, conv_pass, data, "direct", layout)
     expect(problem, conv_pass, data).check(result)
+
+
+# --------------------------------------------------------------------------------------------------
+# Epilogues
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize("relus", [(True, False), (False, True)], ids=["relu first", "relu last"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "map"])
+@pytest.mark.parametrize(
+    "problem", [named("plain"), named("groups"), named("no input channels"), *LARGE[4:6]], ids=str
+)
+def test_epilogue(kernels, problem, mapped, relus, dtype, layout):
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, problem.O, generator=generator).to(accumulated) if mapped else [None] * 3
+    epilogue = Epilogue(relus[0], *maps, relus[1])
+    data = operands(problem, dtype)
+    result = kernels.conv2d(problem, "forward", data, "direct", layout, epilogue=epilogue)
+    plain = expect(problem, "forward", data)
+    wanted, slope, size = epilogue(plain.result), 1, 0
+    if mapped:
+        shift, scale, offset = (t.double().abs()[:, None, None] for t in maps)
+        slope, size = scale, (plain.result.abs() + shift) * scale + offset
+    tolerance = plain.tolerance * slope + torch.finfo(dtype).eps * (wanted.abs() + size)
+    Expected(wanted, tolerance).check(result)
 
 
 # --------------------------------------------------------------------------------------------------
