@@ -16,6 +16,9 @@ struct MmaTile {
   static constexpr int m = kTileM, n = kTileN, warp_m = kWarpM, warp_n = kWarpN, stages = kAhead;
   static constexpr int warps_n = kTileN / kWarpN, warps = kTileM / kWarpM * warps_n;
   static constexpr int threads = warps * 32;
+  // Of a multiprocessor, for its 65536 registers: 128 a thread, or for the many addresses and
+  // roundings of 32-bit elements in large tiles twice as many.
+  static constexpr int blocks = 65536 / 128 / threads / (sizeof(T) == 4 && kTileM == 128 ? 2 : 1);
   static constexpr int k = 64 / sizeof(T);
   static constexpr int bytes_a = kTileM * 64, bytes_b = kTileN * 64;
   static constexpr int stage_bytes = bytes_a + bytes_b;
@@ -242,7 +245,7 @@ __device__ void finish_with_moments(const Gemm& g, const Epilogue<T>& epilogue,
 }
 
 template <class T, class Tile, bool kAAlongK, bool kBAlongK>
-__global__ void __launch_bounds__(Tile::threads)
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     mma_kernel(const Gemm g, const Epilogue<T> epilogue) {
   using TileA = MmaOperandTile<T, Tile::m, kAAlongK>;
   using TileB = MmaOperandTile<T, Tile::n, kBAlongK>;
