@@ -35,6 +35,7 @@ STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v", "-Xcompiler=-Wall,-Wextra"
 class Kernel:
     """What ptxas says of one kernel on one architecture: registers and bytes, of each thread."""
 
+    file: str
     name: str  # mangled
     arch: str
     registers: int
@@ -43,8 +44,8 @@ class Kernel:
     spills: int  # stored and loaded
 
 
-def parse(text: str) -> list[Kernel]:
-    """Kernels in the output of `nvcc -Xptxas -v`."""
+def parse(text: str, file: str) -> list[Kernel]:
+    """Kernels in the output of `nvcc -Xptxas -v`, of that file."""
     kernels = []
     start = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
     for part in re.split(r"(?=ptxas info\s*: Compiling entry function)", text):
@@ -57,9 +58,10 @@ def parse(text: str) -> list[Kernel]:
 
         registers = re.search(r"Used (\d+) registers", part)
         if registers is None:
-            raise ValueError(f"no registers in ptxas' words: {part!r}")
+            raise ValueError(f"{file}: no registers in ptxas' words: {part!r}")
         kernels.append(
             Kernel(
+                file,
                 *found.groups(),
                 registers=int(registers[1]),
                 shared=number(r"(\d+) bytes smem"),
@@ -96,20 +98,22 @@ def shortened(name: str) -> str:
 
 def table(kernels: Iterable[Kernel]) -> str:
     """A line for each kernel; registers are of each architecture in turn."""
-    by_name: dict[str, dict[str, Kernel]] = {}
+    by_name: dict[tuple[str, str], dict[str, Kernel]] = {}
     for kernel in kernels:
-        by_name.setdefault(kernel.name, {})[kernel.arch] = kernel
+        by_name.setdefault((kernel.file, kernel.name), {})[kernel.arch] = kernel
     archs = sorted(
         {arch for of in by_name.values() for arch in of}, key=lambda a: int(a.strip("a"))
     )
-    lines = [[f"sm_{arch}" for arch in archs] + ["shared", "stack", "spills", "kernel"]]
-    for name, of in sorted(zip(readable(by_name), by_name.values(), strict=True)):
+    lines = [[f"sm_{arch}" for arch in archs] + ["shared", "stack", "spills", "file", "kernel"]]
+    names = readable(name for _, name in by_name)
+    titles = ((file, name) for (file, _), name in zip(by_name, names, strict=True))
+    for title, of in sorted(zip(titles, by_name.values(), strict=True), key=lambda row: row[0]):
         registers = [str(of[arch].registers) if arch in of else "" for arch in archs]
         worst = [
             str(max(getattr(kernel, field) for kernel in of.values()))
             for field in ("shared", "stack", "spills")
         ]
-        lines.append([*registers, *worst, name])
+        lines.append([*registers, *worst, *title])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
     return "\n".join(
         "  ".join([*(cell.rjust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
@@ -191,7 +195,7 @@ def main() -> None:
         print("CPU time of each file:")
         for source, job in zip(sources, compiled, strict=True):
             said, seconds = job.result()
-            found = parse(said)
+            found = parse(said, source.name)
             kernels += found
             count = len({kernel.name for kernel in found})
             print(f"{seconds:6.1f} s  {source.name}: {count} kernels", flush=True)

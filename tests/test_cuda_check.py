@@ -29,16 +29,16 @@ ptxas info    : Compile time = 172.230 ms
 
 
 def test_every_kernel_is_read():
-    assert parse(SAID) == [
-        Kernel(NAME.format("f"), "80", registers=100, shared=2048, stack=0, spills=0),
-        Kernel(NAME.format("d"), "90a", registers=255, shared=0, stack=40, spills=48),
+    assert parse(SAID, "a.cu") == [
+        Kernel("a.cu", NAME.format("f"), "80", registers=100, shared=2048, stack=0, spills=0),
+        Kernel("a.cu", NAME.format("d"), "90a", registers=255, shared=0, stack=40, spills=48),
     ]
-    assert parse("ptxas info    : 0 bytes gmem\n") == []
+    assert parse("ptxas info    : 0 bytes gmem\n", "a.cu") == []
 
 
 def test_words_that_are_not_understood_are_an_error():
     with pytest.raises(ValueError, match="no registers"):
-        parse(SAID.replace("Used 255 registers", "Uses registers"))
+        parse(SAID.replace("Used 255 registers", "Uses registers"), "a.cu")
 
 
 def test_names_are_as_in_the_source():
@@ -49,11 +49,17 @@ def test_names_are_as_in_the_source():
 
 
 def test_table():
-    kernels = [Kernel("f", "80", 100, 2048, 0, 0), Kernel("f", "90a", 96, 1024, 0, 8)]
-    assert table([*kernels, Kernel("g", "90a", 32, 0, 0, 0)]).splitlines() == [
-        "sm_80  sm_90a  shared  stack  spills  kernel",
-        "  100      96    2048      0       8  f",
-        "           32       0      0       0  g",
+    kernels = [
+        Kernel("b.cu", "f", "80", 100, 2048, 0, 0),
+        Kernel("b.cu", "f", "90a", 96, 1024, 0, 8),
+        Kernel("b.cu", "e", "90a", 32, 0, 0, 0),
+        Kernel("a.cu", "f", "80", 8, 0, 16, 0),
+    ]
+    assert table(kernels).splitlines() == [
+        "sm_80  sm_90a  shared  stack  spills  file  kernel",
+        "    8               0     16       0  a.cu  f",
+        "           32       0      0       0  b.cu  e",
+        "  100      96    2048      0       8  b.cu  f",
     ]
 
 
