@@ -59,7 +59,7 @@ cuda-emulate: $(VENV)/.built ## the CUDA kernels on the CPU, the whole list of p
 	$(BIN)/python -m pytest --emulate-all tests/test_cuda_*.py $(ARGS)
 
 gpu-test: $(VENV)/.built ## every test, those of a GPU too, which must be there
-	CONVEXT_TEST_DEVICE=cuda $(BIN)/python -m pytest $(ARGS)
+	CONVEXT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(TEST_JOBS) $(ARGS)
 
 gpu-bench: $(VENV)/.built ## our CUDA kernels beside cuDNN's
 	$(BIN)/python -m convext bench --device cuda $(ARGS)
