@@ -56,9 +56,9 @@ cuda-check: $(VENV)/.built ## compile the CUDA half, without a GPU; nvcc is inst
 	$(BIN)/python tests/cuda_check.py --jobs $(MAX_JOBS) $(ARGS)
 
 cuda-emulate: $(VENV)/.built ## the CUDA kernels on the CPU, the whole list of problems
-	$(BIN)/python -m pytest --emulate-all tests/test_cuda_*.py $(ARGS)
+	$(PYTEST) --emulate-all tests/test_cuda_*.py $(ARGS)
 
-gpu-test: $(VENV)/.built ## every test, those of a GPU too, which must be there
+gpu-test: $(VENV)/.built ## the tests of CUDA, on a GPU, which must be there
 	CONVEXT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(TEST_JOBS) $(ARGS)
 
 gpu-bench: $(VENV)/.built ## our CUDA kernels beside cuDNN's
