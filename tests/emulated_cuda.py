@@ -152,7 +152,6 @@ class Kernels:
     """The library, its functions taking tensors on the CPU."""
 
     def __init__(self, library: Path) -> None:
-        self.library = library
         self._c = ctypes.CDLL(str(library))
         self._c.convext_cuda_algorithm.restype = ctypes.c_char_p
         self._c.convext_cuda_conv2d.restype = ctypes.c_char_p

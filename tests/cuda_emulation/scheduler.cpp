@@ -146,7 +146,7 @@ void Worker::begin_launch(void (*body)(const void*), const void* argument, dim3 
 
 void Worker::run_block(uint64_t number) {
   index = make_uint3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
-  random.seed(unsigned(settings.order + 7919 * number));
+  random.seed(uint64_t(settings.order) + 7919 * number);
   memory.begin_block();
   races::begin_block(*this, memory);
   live_ = threads;

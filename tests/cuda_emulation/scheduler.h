@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "context.h"
@@ -36,6 +35,23 @@ enum class State : uint8_t {
   in_warpgroup,
   at_mbarrier,
   done
+};
+
+// A linear congruential generator, D. Knuth's MMIX; <random> takes longer to compile than the rest.
+class Random {
+ public:
+  using result_type = uint32_t;
+  static constexpr uint32_t min() { return 0; }
+  static constexpr uint32_t max() { return ~0u; }
+
+  void seed(uint64_t seed) { state_ = seed * 0x9e3779b97f4a7c15u + 1; }
+  uint32_t operator()() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state_ >> 32);
+  }
+
+ private:
+  uint64_t state_ = 1;
 };
 
 struct Copy {
@@ -116,7 +132,7 @@ class Worker : public Block {
 
   SharedMemory memory;
   std::vector<TensorCopy> tensor_copies;  // issued and not landed
-  std::mt19937 random;
+  Random random;
   // Which block of the launch, by the order in which they are handed out, is in hand.
   std::atomic<uint64_t> position{~uint64_t{0}};
   uint64_t switches = 0;
