@@ -8,7 +8,7 @@ const char* does_all(const Conv2dCall&) {
 }
 
 constexpr Conv2dAlgorithm kAlgorithms[] = {
-    // Sums products where the operands lie, one thread a result.
+    // Sums products where the operands lie.
     {"direct", does_all, conv2d_direct, false},
     // One channel a filter: nothing summed over channels, each operand read once.
     {"depthwise", depthwise_declines, conv2d_depthwise, false},
