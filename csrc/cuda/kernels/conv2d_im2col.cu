@@ -106,7 +106,7 @@ class Im2col {
       g.out.rows = output_pixels(output, piece);
       g.out.columns = Axis::line(filters_, output.c);
       g.out.height = int32_t(output.height), g.out.width = int32_t(output.width);
-      g.out.vectors_of_columns = output.vectors(store_wide());
+      g.out.vectors_of_columns = output.vectors(store_wide()) && output.aligned();
       g.out.along_rows = !inside_;
       cut(g, call_.dtype, unit_);
       return g;
@@ -325,7 +325,8 @@ class Im2col {
     m.rows = rows_are_rows ? Axis::line(rows, length) : Axis::line(length, 1);
     m.k = rows_are_rows ? Axis::line(length, 1) : Axis::line(rows, length);
     m.along_k = rows_are_rows;
-    m.vectors = in_vectors_ && length % wide_ == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+    m.vectors = in_vectors_ && length % wide_ == 0;
+    m.aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
     return m;
   }
 
@@ -352,8 +353,7 @@ class Im2col {
   }
 
   // Whether a gradient must be copied for its channels to lie in vectors.
-  bool must_copy(Planes grad_output) const {
-    grad_output.from = nullptr;
+  bool must_copy(const Planes& grad_output) const {
     return in_vectors_ && !grad_output.vectors(wide_);
   }
   Planes of_piece(const Planes& grad_output, const Piece& piece) const {

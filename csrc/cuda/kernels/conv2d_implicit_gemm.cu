@@ -50,12 +50,11 @@ class ImplicitGemm {
     cut(g, call_.dtype, unit_, moments ? 1 : INT_MAX);
     void* const sums = arena_.take<char>(bytes_of_sums(split_sums(g)));
     if (moments) {
-      const int64_t tiles = ceil_div(p_.out_pixels(), kLeastTileRows);
-      g.moments = arena_.take<char>(bytes_of_sums(tiles * 2 * p_.out_channels));
+      g.moments = arena_.take<char>(bytes_of_sums(int64_t(g.tiles_m) * 2 * p_.out_channels));
     }
-    const int64_t tile_rows = run(g, sums);
+    run(g, sums);
     if (moments && !arena_.counting()) {
-      call_.dtype == DType::float64 ? merge<double>(g, tile_rows) : merge<float>(g, tile_rows);
+      call_.dtype == DType::float64 ? merge<double>(g) : merge<float>(g);
     }
   }
 
@@ -76,7 +75,7 @@ class ImplicitGemm {
                            {0, 1, weight.width}, inside_);
     g.out.columns.a_end = int32_t(weight.channels);
     g.out.height = int32_t(weight.height), g.out.width = int32_t(weight.width);
-    g.out.vectors_of_columns = weight.vectors(store_wide());
+    g.out.vectors_of_columns = weight.vectors(store_wide()) && weight.aligned();
     cut(g, call_.dtype, unit_);
     run(g, arena_.take<char>(bytes_of_sums(split_sums(g))));
   }
@@ -182,7 +181,7 @@ class ImplicitGemm {
                {0, p_.dilation_width, p_.kernel_width}, inside_);
     g.out.columns.a_end = int32_t(input.channels);
     g.out.height = int32_t(input.height), g.out.width = int32_t(input.width);
-    g.out.vectors_of_columns = input.vectors(store_wide());
+    g.out.vectors_of_columns = input.vectors(store_wide()) && input.aligned();
     g.out.along_rows = call_.layout == Layout::nchw;
     cut(g, call_.dtype, unit_);
     void* sums = arena_.take<char>(bytes_of_sums(split_sums(g)));
@@ -204,9 +203,7 @@ class ImplicitGemm {
 
   // The planes, or for tensor cores a copy that has channels in vectors.
   Planes readable(const Planes& planes, int64_t images) {
-    Planes shape = planes;
-    shape.from = nullptr;
-    if (unit_ != GemmUnit::tensor_cores || shape.vectors(wide_)) return planes;
+    if (unit_ != GemmUnit::tensor_cores || planes.vectors(wide_)) return planes;
     const int64_t channels = round_up(planes.channels, wide_);
     const int64_t pixels = images * planes.height * planes.width;
     void* to = arena_.take<char>(p_.groups * pixels * channels * size_of(call_.dtype));
@@ -237,11 +234,10 @@ class ImplicitGemm {
     out.rows = rows;
     out.columns = Axis::line(planes.channels, planes.c);
     out.height = int32_t(planes.height), out.width = int32_t(planes.width);
-    out.vectors_of_columns = planes.vectors(store_wide());
+    out.vectors_of_columns = planes.vectors(store_wide()) && planes.aligned();
     out.along_rows = call_.layout == Layout::nchw;
     out.vectors_of_rows = out.along_rows && all &&
-                          planes.height * planes.width % store_wide() == 0 &&
-                          reinterpret_cast<uintptr_t>(planes.from) % 16 == 0;
+                          planes.height * planes.width % store_wide() == 0 && planes.aligned();
     return out;
   }
 
@@ -249,16 +245,15 @@ class ImplicitGemm {
     return count * (call_.dtype == DType::float64 ? 8 : 4);
   }
 
-  // Returns how many rows a tile has.
-  int64_t run(const Gemm& g, void* sums) {
-    return arena_.counting() ? 0 : multiply_and_add(g, call_, unit_, sums);
+  void run(const Gemm& g, void* sums) {
+    if (!arena_.counting()) multiply_and_add(g, call_, unit_, sums);
   }
 
   template <class S>
-  void merge(const Gemm& g, int64_t tile_rows) const {
-    merge_moments(static_cast<const S*>(g.moments), tile_rows, p_.out_pixels(), p_.out_channels,
-                  static_cast<S*>(call_.epilogue.mean), static_cast<S*>(call_.epilogue.deviation),
-                  call_.stream);
+  void merge(const Gemm& g) const {
+    merge_moments(static_cast<const S*>(g.moments), tile_rows(g, unit_), p_.out_pixels(),
+                  p_.out_channels, static_cast<S*>(call_.epilogue.mean),
+                  static_cast<S*>(call_.epilogue.deviation), call_.stream);
   }
 
   const Conv2dCall& call_;

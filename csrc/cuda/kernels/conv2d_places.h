@@ -62,12 +62,12 @@ struct Planes {
     return planes;
   }
 
-  // Whether channels can be read in vectors of `wide` elements. What is not there yet, while
-  // workspace is counted, is taken to be aligned.
+  // Whether channels lie in vectors of `wide` elements, and whether those can be read at once.
   bool vectors(int64_t wide) const {
     return c == 1 && n % wide == 0 && h % wide == 0 && w % wide == 0 && group % wide == 0 &&
-           channels % wide == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+           channels % wide == 0;
   }
+  bool aligned() const { return reinterpret_cast<uintptr_t>(from) % 16 == 0; }
 };
 
 // Coordinates first, first + step, ... along one axis of an image.
@@ -115,8 +115,14 @@ inline Axis all_taps(const Planes& weight, bool channels_inside) {
 
 inline GemmOperand operand(const Planes& planes, const Axis& rows, const Axis& k, bool along_k,
                            bool vectors) {
-  return {planes.from,           planes.group, rows,   k, int32_t(planes.height),
-          int32_t(planes.width), along_k,      vectors};
+  GemmOperand operand;
+  operand.from = planes.from;
+  operand.group = planes.group;
+  operand.rows = rows, operand.k = k;
+  operand.height = int32_t(planes.height), operand.width = int32_t(planes.width);
+  operand.along_k = along_k;
+  operand.vectors = vectors, operand.aligned = planes.aligned();
+  return operand;
 }
 
 }  // namespace convext::cuda

@@ -135,11 +135,11 @@ void cut(Gemm& g, DType dtype, GemmUnit unit, int64_t most_splits) {
   g.splits = g.k > 0 ? uint32_t(ceil_div(g.k, g.split_k)) : 1;
 }
 
-int64_t multiply(Gemm g, const Conv2dCall& call, GemmUnit unit) {
-  if (unit == GemmUnit::tensor_cores && !(g.a.vectors && g.b.vectors)) {
-    unit = GemmUnit::simt;
-    cut_tiles(g, call.dtype, unit);
-  }
+int64_t tile_rows(const Gemm& g, GemmUnit unit) {
+  return tile_size(unit, g.large_tiles).m;
+}
+
+void multiply(const Gemm& g, const Conv2dCall& call, GemmUnit unit) {
   with_element_of(call.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (!std::is_same_v<T, double>) {
@@ -147,7 +147,6 @@ int64_t multiply(Gemm g, const Conv2dCall& call, GemmUnit unit) {
     }
     multiply_simt<T>(g, call);
   });
-  return tile_size(unit, g.large_tiles).m;
 }
 
 void add_splits(const Gemm& g, const Conv2dCall& call, Carried carried) {
@@ -158,11 +157,10 @@ void add_splits(const Gemm& g, const Conv2dCall& call, Carried carried) {
   });
 }
 
-int64_t multiply_and_add(Gemm g, const Conv2dCall& call, GemmUnit unit, void* sums) {
+void multiply_and_add(Gemm g, const Conv2dCall& call, GemmUnit unit, void* sums) {
   if (g.splits > 1) g.sums = sums;
-  const int64_t tile_rows = multiply(g, call, unit);
+  multiply(g, call, unit);
   if (g.splits > 1) add_splits(g, call);
-  return tile_rows;
 }
 
 void write_matrix(const GemmOperand& operand, DType dtype, uint32_t rows, uint32_t length,
@@ -170,7 +168,7 @@ void write_matrix(const GemmOperand& operand, DType dtype, uint32_t rows, uint32
   if (rows == 0 || length == 0) return;
   with_element_of(dtype, [&](auto element) {
     using T = decltype(element);
-    if (operand.vectors && operand.along_k && length % kVector<T> == 0) {
+    if (operand.vectors && operand.aligned && operand.along_k && length % kVector<T> == 0) {
       const int64_t count = int64_t(groups) * rows * (length / kVector<T>);
       launch(write_vectors_kernel<T>, dim3(ceil_div(count, 256)), dim3(256), 0, stream, operand,
              rows, length, count, static_cast<T*>(to));

@@ -58,13 +58,14 @@ __device__ inline bool inside(const Place& a, const Place& b, int32_t height, in
 
 // One side of a product. `along_k` tells in which direction neighbours lie close in memory, which
 // matters to speed alone; `vectors`, that in this direction, from any multiple of kVector<T> on, so
-// many lie side by side, at an aligned address, and are in the image all or none.
+// many lie side by side and are in the image all or none; `aligned`, that they do so at addresses
+// from which a vector can be read at once.
 struct GemmOperand {
   const void* from = nullptr;
   int64_t group = 0;  // from one group to the next, in elements
   Axis rows, k;
   int32_t height = 1, width = 1;
-  bool along_k = true, vectors = false;
+  bool along_k = true, vectors = false, aligned = false;
 
   __device__ bool holds(const Place& row, const Place& at_k) const {
     return inside(row, at_k, height, width);
@@ -118,9 +119,6 @@ inline GemmUnit gemm_unit(const Conv2dCall& call) {
   return tensor_cores && call.compute_capability >= 80 ? GemmUnit::tensor_cores : GemmUnit::simt;
 }
 
-// Rows of the smallest tile.
-constexpr int64_t kLeastTileRows = 64;
-
 // Cuts the work into tiles and splits, by its shape alone; `most_splits` of 1 forbids to split.
 void cut(Gemm&, DType, GemmUnit, int64_t most_splits = INT_MAX);
 
@@ -129,10 +127,13 @@ inline int64_t split_sums(const Gemm& g) {
   return g.splits > 1 ? g.splits * g.elements() : 0;
 }
 
-// Multiplies what cut() has cut for this unit; without vectors tensor cores cannot, and others do.
-// Epilogue and stream are those of the call, and its dtype that of the operands. Where there is
-// more than one split, `sums` is set, and add_splits() follows. Returns how many rows a tile has.
-int64_t multiply(Gemm, const Conv2dCall& call, GemmUnit);
+// Rows of a tile of a product that is cut.
+int64_t tile_rows(const Gemm&, GemmUnit);
+
+// Multiplies what cut() has cut for this unit; tensor cores want operands in vectors. Epilogue and
+// stream are those of the call, and its dtype that of the operands. Where there is more than one
+// split, `sums` is set, and add_splits() follows.
+void multiply(const Gemm&, const Conv2dCall& call, GemmUnit);
 
 // Sums [group][m][n] that outlive a product: the splits are added to them, or replace them if they
 // are the first, and go to the output where they are the last.
@@ -144,7 +145,7 @@ struct Carried {
 void add_splits(const Gemm&, const Conv2dCall& call, Carried carried = {});
 
 // Both, with room for split_sums().
-int64_t multiply_and_add(Gemm, const Conv2dCall& call, GemmUnit, void* sums);
+void multiply_and_add(Gemm, const Conv2dCall& call, GemmUnit, void* sums);
 
 // to[group][row][k], of `length` k's a row, is the operand's element, zero beyond its axes.
 void write_matrix(const GemmOperand&, DType, uint32_t rows, uint32_t length, uint32_t groups,

@@ -90,8 +90,16 @@ class MmaLoader {
       if (!kAlongK) at_k = locate(first_k + across_ + i * kLines, end_k);
       const Place& row = rows_[kAlongK ? i : 0];
       const bool held = operand_.holds(row, at_k);
-      copy_async<16>(tile + Tile::chunk(across_ + i * kLines, along_) * 16,
-                     held ? from_ + row.offset + at_k.offset : from_, held ? 16 : 0);
+      char* const to = tile + Tile::chunk(across_ + i * kLines, along_) * 16;
+      const T* const from = held ? from_ + row.offset + at_k.offset : from_;
+      if (operand_.aligned) {
+        copy_async<16>(to, from, held ? 16 : 0);
+        continue;
+      }
+      Vector<T, kVector<T>> vector;
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) vector.of[e] = held ? from[e] : narrow<T>(0);
+      *reinterpret_cast<Vector<T, kVector<T>>*>(to) = vector;
     }
   }
 

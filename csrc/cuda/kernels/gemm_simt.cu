@@ -8,9 +8,10 @@ namespace {
 
 // A thread's products: 4 x 4 pieces of a tile, kM / 4 by kN / 4 of them, spread over the tile so
 // that the threads of a warp read neighbouring banks.
-template <int kTileM, int kTileN, int kTileK, int kM, int kN>
+template <int kTileM, int kTileN, int kTileK, int kM, int kN, int kChain>
 struct SimtTile {
   static constexpr int m = kTileM, n = kTileN, k = kTileK, thread_m = kM, thread_n = kN;
+  static constexpr int chain = kChain;
   static constexpr int columns = kTileN / kN;  // threads along n
   static constexpr int threads = kTileM / kM * columns;
   static_assert(kM % 4 == 0 && kN % 4 == 0);
@@ -23,12 +24,12 @@ struct SimtTile {
   }
 };
 
-using LargeTile = SimtTile<128, 64, 8, 8, 8>;
-using SmallTile = SimtTile<64, 32, 16, 4, 4>;
-
-// Sums are chains of so many products at most, which are then summed: the error of a chain grows
-// with its length.
-constexpr int kChain = 512;
+// The last is how many products are summed in a chain, before chains are: the error of a sum grows
+// with the lengths of both. To end a chain takes a thread 3 instructions a sum, a tenth of the work
+// between ends of chains of 32; large tiles are for products that keep the multipliers busy, and
+// there it is a fortieth.
+using LargeTile = SimtTile<128, 64, 8, 8, 8, 128>;
+using SmallTile = SimtTile<64, 32, 16, 4, 4, 32>;
 
 template <class T, class Tile>
 struct SimtShared {
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(Tile::threads)
       b_loader.store(shared.b[1 - now]);
       // Read last before the barrier before this step.
       locate(step + 2);
-      if ((step + 1) % (kChain / Tile::k) == 0) end_chain();
+      if ((step + 1) % (Tile::chain / Tile::k) == 0) end_chain();
     }
     __syncthreads();
   }
@@ -239,7 +240,7 @@ void launch_simt(const Gemm& g, const Conv2dCall& call) {
 template <class T, class Tile>
 void launch_simt(const Gemm& g, const Conv2dCall& call) {
   if constexpr (std::is_same_v<T, float>) {
-    if (g.a.vectors && g.b.vectors) {
+    if (g.a.vectors && g.a.aligned && g.b.vectors && g.b.aligned) {
       if (g.a.along_k && g.b.along_k) return launch_simt<T, Tile, true, true, 4>(g, call);
       if (g.a.along_k) return launch_simt<T, Tile, true, false, 4>(g, call);
       if (!g.b.along_k) return launch_simt<T, Tile, false, false, 4>(g, call);
