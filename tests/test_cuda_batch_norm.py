@@ -338,7 +338,8 @@ def test_block_is_its_parts(kernels, layout, dtype):
 @pytest.mark.parametrize("layout", FORMATS)
 def test_block_equals_torch(kernels, layout, dtype):
     """In evaluation by the convolution's epilogue, in training by moments that it gathered too."""
-    algorithms = ("direct", "direct with moments") if dtype in FLOATS else ("direct",)
+    algorithms = ("direct", "implicit_gemm")
+    algorithms += ("direct with moments",) if dtype in FLOATS else ()
     for p, relu in itertools.product(BLOCKS, RELUS[1:]):
         data, norm = operands(p, dtype), norm_of(p, dtype)
         exact = kernels.conv2d(p, "forward", operands(p), "direct", layout)

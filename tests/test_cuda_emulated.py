@@ -205,6 +205,63 @@ def test_same_bits_wherever_operands_begin(kernels, part, conv_pass, dtype, layo
 
 
 # --------------------------------------------------------------------------------------------------
+# What a matrix product runs on
+
+PRODUCT_ALGORITHMS = ("im2col", "implicit_gemm")
+CHANNELS_IN_VECTORS = P("channels in vectors", 2, 16, 5, 7, 24, (3, 3), (2, 1), (1, 1))
+# 128 tiles, or little more, of 128 x 128.
+LARGE_TILES = [
+    (P("large tiles", 1, 4, 128, 130, 120, (1, 2)), "forward"),
+    (P("large tiles of a weight", 1, 229, 3, 3, 1020, (3, 3), (1, 1), (1, 1)), "grad_weight"),
+    (P("large tiles of an input", 1, 120, 128, 130, 8, (1, 1)), "grad_input"),
+]
+
+
+def _tf32(p: Conv2dProblem, conv_pass: str, data: Operands):
+    """Both factors are rounded to 11 significant bits: each product may be off by 2^-11 twice."""
+    exact = expect(p, conv_pass, data)
+    products = torch_pass(p, conv_pass, data.to(torch.float64).abs())
+    return exact._replace(tolerance=exact.tolerance + 2 * 2**-11 * products)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("conv_pass", PASSES)
+@pytest.mark.parametrize("cuda_algorithm", PRODUCT_ALGORITHMS)
+def test_tf32_where_allowed(kernels, conv_pass, layout, cuda_algorithm):
+    for problem in [*map(named, PRODUCTS), CHANNELS_IN_VECTORS]:
+        data = operands(problem, torch.float32)
+        result = kernels.conv2d(problem, conv_pass, data, cuda_algorithm, layout, tf32=True)
+        _tf32(problem, conv_pass, data).check(result)
+    # The last one's channels are for tensor cores, and they round.
+    with pytest.raises(AssertionError):
+        expect(problem, conv_pass, data).check(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("conv_pass", PASSES)
+@pytest.mark.parametrize("cuda_algorithm", PRODUCT_ALGORITHMS)
+def test_without_tensor_cores(kernels, conv_pass, layout, dtype, cuda_algorithm):
+    for problem in [*map(named, PRODUCTS[:3]), CHANNELS_IN_VECTORS]:
+        data = operands(problem, dtype)
+        result = kernels.conv2d(
+            problem, conv_pass, data, cuda_algorithm, layout, tf32=True, compute_capability=75
+        )
+        expect(problem, conv_pass, data).check(result)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, "contiguous"), (torch.float16, "channels_last")], ids=str
+)
+@pytest.mark.parametrize("cuda_algorithm", PRODUCT_ALGORITHMS)
+def test_large_tiles(kernels, layout, dtype, cuda_algorithm):
+    for problem, conv_pass in LARGE_TILES:
+        data = operands(problem, dtype)
+        result = kernels.conv2d(problem, conv_pass, data, cuda_algorithm, layout)
+        expected(problem, conv_pass, dtype).check(result)
+
+
+# --------------------------------------------------------------------------------------------------
 # The epilogue
 
 
