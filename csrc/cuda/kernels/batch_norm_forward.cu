@@ -35,7 +35,8 @@ struct Forward {
 template <bool kByRow, class S, int V, int U>
 __device__ __forceinline__ Moments<S, kThreadChannels<kByRow, V>> moments_of(S (&x)[U][V], int n) {
   constexpr int K = kThreadChannels<kByRow, V>;
-  Moments<S, K> moments{S(kByRow ? n : n * V)};
+  Moments<S, K> moments{};
+  moments.count = S(kByRow ? n : n * V);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
 #pragma unroll
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(512) forward_kernel(ChannelGrid grid, Forward<
   } else if (call.step == Step::from_parts && place.inside) {
     for (int64_t part = place.row; part < grid.parts; part += blockDim.x / grid.columns) {
       const S* from = call.partial + part * 3 * grid.channels + place.channel;
-      Tally other{S(items_of(grid, part) * (kByRow ? 1 : V))};
+      Tally other{};
+      other.count = S(items_of(grid, part) * (kByRow ? 1 : V));
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         other.mean[k] = from[k];
