@@ -31,7 +31,7 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help train test test-fast bench bench-kernels lint format clean FORCE
-.PHONY: cuda-check cuda-emulate gpu-test gpu-bench gpu-report
+.PHONY: cuda-check cuda-emulate cuda-sanitize gpu-test gpu-bench gpu-report
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -57,6 +57,11 @@ cuda-check: $(VENV)/.built ## compile the CUDA half, without a GPU; nvcc is inst
 
 cuda-emulate: $(VENV)/.built ## the CUDA kernels on the CPU, the whole list of problems
 	$(PYTEST) --emulate-all tests/test_cuda_*.py $(ARGS)
+
+# Without the tests of the emulator, which make every build of its own anyway.
+cuda-sanitize: $(VENV)/.built ## a selection of that on builds that find races and bad addresses
+	for build in race address; do $(BIN)/python tests/sanitized_cuda.py $$build -n $(TEST_JOBS) --dist loadfile \
+	  tests/test_cuda_emulated.py tests/test_cuda_batch_norm.py -k "equals_torch or same_bits" $(ARGS) || exit; done
 
 gpu-test: $(VENV)/.built ## the tests of CUDA, on a GPU, which must be there
 	CONVEXT_TEST_DEVICE=cuda $(BIN)/python -m pytest -n $(TEST_JOBS) $(ARGS)

@@ -33,6 +33,7 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr uintptr_t kPageBytes = 256;
+constexpr size_t kMostPages = 1 << 15;  // 300 MiB, which are kept for the next launch
 
 using Clock = std::array<uint32_t, kMostThreads>;
 
@@ -215,6 +216,10 @@ Clock& clock_of(const void* object, bool phase) {
 
 void begin_launch() {
   Book& b = book();
+  if (b.pages.size() > kMostPages) {
+    b.pages.clear();
+    b.recent = {};
+  }
   ++b.launch;
   b.block = 0;
   b.blocks.assign(1, {});
