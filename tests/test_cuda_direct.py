@@ -46,9 +46,7 @@ def test_large(kernels, problem, conv_pass, dtype, layout):
 @pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
 @pytest.mark.parametrize("relus", [(True, False), (False, True)], ids=["relu first", "relu last"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["", "map"])
-@pytest.mark.parametrize(
-    "problem", [named("plain"), named("groups"), named("no input channels"), *LARGE[4:6]], ids=str
-)
+@pytest.mark.parametrize("problem", [named("no input channels"), *LARGE[4:6]], ids=str)
 def test_epilogue(kernels, problem, mapped, relus, dtype, layout):
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -106,21 +104,16 @@ def test_grad_output_of_more_than_31_bits(kernels):
 # --------------------------------------------------------------------------------------------------
 # Accuracy
 
+# Of lengths around those of chains and chunks; the first two were off by too much when chains had
+# 128 products.
 SUMS = [
     named(name)
     for name in (
-        "plain",
-        "dilation and stride with a common factor",
-        "65 to 32 channels",
-        "257 pixels",
         "3x3, 6x9 pixels, 15 to 16",
-        "3x3, 2x6 pixels, 33 to 17",
         "3x3, 17x14 pixels, 5 to 9",
         "257 taps",
         "1040 taps, above 1024",
         "large kernel",
-        "several images in a block",
-        "depthwise, chains of columns",
     )
 ]
 
