@@ -89,7 +89,7 @@ struct Meeting {
 
 // One thread a result, from the last tap down: outputs in their order.
 template <class T>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 4)
     grad_input_kernel(const T* __restrict__ grad_output, const T* __restrict__ weight,
                       T* grad_input, DepthwiseShape p, bool channels_last, Strides out, int step_y,
                       int step_x, int64_t count) {

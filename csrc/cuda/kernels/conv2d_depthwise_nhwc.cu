@@ -11,7 +11,9 @@ namespace convext::cuda {
 namespace {
 
 constexpr int kStrip = 4;  // results of a thread in forward, and pixels in grad_weight
-constexpr int kWarps = kDepthwiseThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+template <int kKernel>
+constexpr int kBlocks = kKernel == 3 ? 3 : 2;  // of a multiprocessor, whose registers they share
 
 // How a block's threads share channels and strips: 2^lane_bits threads side by side have
 // neighbouring vectors of channels, the others further strips ("workers").
@@ -28,7 +30,7 @@ struct Sharing {
   }
 
   __host__ __device__ int lanes() const { return 1 << lane_bits; }
-  __host__ __device__ int workers() const { return kDepthwiseThreads >> lane_bits; }
+  __host__ __device__ int workers() const { return kThreads >> lane_bits; }
   __device__ int lane() const { return threadIdx.x & (lanes() - 1); }
   __device__ int worker() const { return threadIdx.x >> lane_bits; }
 };
@@ -107,7 +109,7 @@ __device__ __forceinline__ void load_filters(Lanes<Sum<T>, kCount> (&filter)[kTa
                                              int first_channel, int channels) {
   __shared__ Lanes<Sum<T>, kCount> filters[kTaps][32];
   const int count = std::min(s.lanes() * kCount, channels - first_channel) * kTaps;
-  for (int i = threadIdx.x; i < count; i += kDepthwiseThreads) {
+  for (int i = threadIdx.x; i < count; i += kThreads) {
     const int channel = i / kTaps;
     filters[i % kTaps][channel / kCount].of[channel % kCount] =
         widen(weight[int64_t(first_channel) * kTaps + i]);
@@ -118,7 +120,7 @@ __device__ __forceinline__ void load_filters(Lanes<Sum<T>, kCount> (&filter)[kTa
 }
 
 template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<kKernel>)
     forward_kernel(const T* input, const T* weight, T* output, DepthwiseShape p, Sharing s,
                    Epilogue<T> epilogue) {
   constexpr int vector = depthwise_vector(kKernel);
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 template <int kStride>
 constexpr int kGradStrip = kStrip / kStride;
 template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<kKernel>)
     grad_input_kernel(const T* grad_output, const T* weight, T* grad_input, DepthwiseShape p,
                       Sharing s) {
   constexpr int vector = depthwise_vector(kKernel);
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 
 // A block's filters, and a part of the strips of their outputs.
 template <class T, int kKernel, int kStride, bool kAligned>
-__global__ void __launch_bounds__(kDepthwiseThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<kKernel>)
     grad_weight_kernel(const T* input, const T* grad_output, Sum<T>* partial, DepthwiseShape p,
                        Sharing s, int steps) {
   constexpr int vector = depthwise_vector(kKernel);
@@ -250,14 +252,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     if (warp > 0 || s.worker() > 0 || !active) continue;
 #pragma unroll
     for (int i = 0; i < vector; ++i) {
-      Sum<T> pairs[kWarps / 2];
-#pragma unroll
-      for (int j = 0; j < kWarps / 2; ++j) {
-        pairs[j] = warps[2 * j][threadIdx.x].of[i] + warps[2 * j + 1][threadIdx.x].of[i];
-      }
-      static_assert(kWarps == 8);
+      static_assert(kWarps == 4);
+      const auto of = [&](int other) { return warps[other][threadIdx.x].of[i]; };
       partial[(int64_t(part) * p.channels + channel + i) * taps + tap] =
-          (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
+          (of(0) + of(1)) + (of(2) + of(3));
     }
   }
 }
@@ -267,7 +265,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 // Strips that a thread sums up: enough that the tree costs little beside them, few enough for an
 // exact sum and for many blocks where there is work for them.
 int steps_of_a_part(const Sharing& s) {
-  constexpr int64_t kEnough = 512, kMost = 16;
+  constexpr int64_t kEnough = 1024, kMost = 16;
   const int64_t steps = ceil_div(s.items, s.workers()) * s.channel_blocks / kEnough;
   return int(std::clamp<int64_t>(steps, 1, kMost));
 }
@@ -285,7 +283,7 @@ void run(const Conv2dCall& call, Arena& arena) {
   const auto weight = static_cast<const T*>(call.weight);
   const auto grad_output = static_cast<const T*>(call.grad_output);
   const auto output = static_cast<T*>(call.output);
-  const dim3 block(kDepthwiseThreads);
+  const dim3 block(kThreads);
   const auto blocks = [](const Sharing& s) {
     return dim3(ceil_div(s.items, s.workers()) * s.channel_blocks);
   };
