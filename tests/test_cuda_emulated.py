@@ -113,24 +113,70 @@ def test_declines_what_it_does_not_do(kernels, cuda_algorithm):
 # Accuracy
 
 
+def rounded_to_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """To the nearest of 11 significant bits, ties away from zero, as cvt.rna.tf32.f32 does."""
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def error_beside_torchs(kernels, part, conv_pass, dtype, layout, algorithm, draws, tf32=False):
+    """The largest error against float64, ours and that of PyTorch in the same precision on the CPU,
+    which for TF32 is float32 of rounded operands; means over draws.
+
+    A result rounded to the nearest is off by half a unit in its last place, which is the least that
+    PyTorch's is taken to be.
+    """
+    ours = stock = floor = 0.0
+    for seed in range(draws):
+        data = operands(part, dtype, seed)
+        exact = torch_pass(part, conv_pass, data.to(torch.float64))
+        if exact.numel() == 0:
+            break
+        result = kernels.conv2d(part, conv_pass, data, algorithm, layout, tf32=tf32)
+        ours += (result.double() - exact).abs().max().item() / draws
+        if tf32:
+            data = Operands(*map(rounded_to_tf32, data))._replace(bias=data.bias)
+        stock += (torch_pass(part, conv_pass, data).double() - exact).abs().max().item() / draws
+        floor += torch.finfo(dtype).eps / 2 * exact.abs().max().item() / draws
+    return ours, max(stock, floor)
+
+
 @pytest.mark.parametrize("conv_pass", PASSES)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_float32_error_beside_torchs(
     kernels, part, conv_pass, layout, cuda_algorithm, pytestconfig
 ):
-    """As test_conv2d.py's test of this name has it."""
-    ours = stock = floor = 0.0
     draws = 16 if pytestconfig.getoption("--emulate-all") else 4
-    for seed in range(draws):
-        data = operands(part, torch.float32, seed)
-        exact = torch_pass(part, conv_pass, data.to(torch.float64))
-        if exact.numel() == 0:
-            return
-        result = kernels.conv2d(part, conv_pass, data, cuda_algorithm, layout)
-        ours += (result.double() - exact).abs().max().item()
-        stock += (torch_pass(part, conv_pass, data).double() - exact).abs().max().item()
-        floor += torch.finfo(torch.float32).eps / 2 * exact.abs().max().item()
-    assert ours <= 2 * max(stock, floor), f"{ours / draws:.3g}, torch's {stock / draws:.3g}"
+    ours, stock = error_beside_torchs(
+        kernels, part, conv_pass, torch.float32, layout, cuda_algorithm, draws
+    )
+    assert ours <= 2 * stock
+
+
+@pytest.mark.parametrize("conv_pass", PASSES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_16_bit_error_beside_torchs(kernels, part, conv_pass, dtype, cuda_algorithm):
+    ours, stock = error_beside_torchs(
+        kernels, part, conv_pass, dtype, "channels_last", cuda_algorithm, draws=2
+    )
+    assert ours <= 2 * stock
+
+
+@pytest.mark.parametrize("conv_pass", PASSES)
+@pytest.mark.parametrize("cuda_algorithm", ["im2col", "implicit_gemm"])
+def test_tf32_error_beside_a_reference(kernels, conv_pass, cuda_algorithm):
+    for problem in [*map(named, PRODUCTS), CHANNELS_IN_VECTORS]:
+        ours, stock = error_beside_torchs(
+            kernels,
+            problem,
+            conv_pass,
+            torch.float32,
+            "channels_last",
+            cuda_algorithm,
+            2,
+            tf32=True,
+        )
+        assert ours <= 2 * stock, problem
 
 
 LONG = {

@@ -252,8 +252,9 @@ __device__ void finish_with_moments(const Gemm& g, const Epilogue<T>& epilogue,
       });
 }
 
-template <class T, class Tile, bool kAAlongK, bool kBAlongK>
-__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
+// Moments ask for registers that large tiles have only if there is one block to a multiprocessor.
+template <class T, class Tile, bool kAAlongK, bool kBAlongK, bool kMoments>
+__global__ void __launch_bounds__(Tile::threads, kMoments&& Tile::m == 128 ? 1 : Tile::blocks)
     mma_kernel(const Gemm g, const Epilogue<T> epilogue) {
   using TileA = MmaOperandTile<T, Tile::m, kAAlongK>;
   using TileB = MmaOperandTile<T, Tile::n, kBAlongK>;
@@ -315,7 +316,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   wait_for_copies<0>();
   __syncthreads();
 
-  if (g.moments) {
+  if constexpr (kMoments) {
     finish_with_moments<T, Tile>(g, epilogue, block, reinterpret_cast<float*>(shared), sums);
   }
   const GemmWriter<T> writer(g, epilogue, block.group, block.split);
@@ -323,15 +324,18 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
                       n0 + warp_n, sums);
 }
 
-template <class T, class Tile, bool kAAlongK, bool kBAlongK>
+template <class T, class Tile, bool kAAlongK, bool kBAlongK, bool kMoments = false>
 void launch_mma(const Gemm& g, const Conv2dCall& call) {
-  launch(mma_kernel<T, Tile, kAAlongK, kBAlongK>, gemm_grid(g), dim3(Tile::threads),
+  launch(mma_kernel<T, Tile, kAAlongK, kBAlongK, kMoments>, gemm_grid(g), dim3(Tile::threads),
          Tile::shared_bytes, call.stream, g, Epilogue<T>(call));
 }
 
+// Moments are of a forward pass, whose channels lie along k on both sides.
 template <class T, class Tile>
 void launch_mma(const Gemm& g, const Conv2dCall& call) {
-  if (g.a.along_k && g.b.along_k) {
+  if (g.moments) {
+    launch_mma<T, Tile, true, true, true>(g, call);
+  } else if (g.a.along_k && g.b.along_k) {
     launch_mma<T, Tile, true, true>(g, call);
   } else if (g.a.along_k) {
     launch_mma<T, Tile, true, false>(g, call);
