@@ -60,7 +60,7 @@ def test_the_lesson_goes_direct(kernels, p):
     assert algorithms_of(kernels, p) == {"direct"}
 
 
-@pytest.mark.parametrize("p", set(resnet50(32) + vgg16(8)), ids=str)
+@pytest.mark.parametrize("p", dict.fromkeys(resnet50(32) + vgg16(8)), ids=str)
 def test_layers_for_photographs(kernels, p):
     expected = "direct" if p.C == 3 else first_of(kernels, PRODUCTS)
     assert algorithms_of(kernels, p, (torch.float32, *HALVES)) == {expected}
@@ -69,7 +69,7 @@ def test_layers_for_photographs(kernels, p):
     assert algorithms_of(kernels, p, [torch.float64]) == {expected}
 
 
-@pytest.mark.parametrize("p", set(mobilenet_v2(32)), ids=str)
+@pytest.mark.parametrize("p", dict.fromkeys(mobilenet_v2(32)), ids=str)
 def test_mobilenet(kernels, p):
     if p.groups > 1:
         expected = first_of(kernels, ["depthwise", "direct"])
