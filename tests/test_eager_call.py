@@ -83,7 +83,7 @@ class Index:
         {"stride": 1 << 64},
         {"algorithm": None},
     ],
-    ids=str,
+    ids=lambda changed: f"{next(iter(changed))} of {type(next(iter(changed.values()))).__name__}",
 )
 def test_leaves_what_is_not_plain_to_the_op(changed):
     assert _C.conv2d(*arguments(**changed)) is NotImplemented
