@@ -47,7 +47,7 @@ def writable_folder(folder: Path, option: str = "--out") -> Path:
     return folder
 
 
-def load_checkpoint(path: str | Path) -> tuple[Path, dict]:
+def load_checkpoint(path: str | Path, option: str = "--resume") -> tuple[Path, dict]:
     """Reads a checkpoint, given itself or its run's folder.
 
     Only tensors and plain values are unpickled, so that a checkpoint can run no code.
@@ -64,13 +64,13 @@ def load_checkpoint(path: str | Path) -> tuple[Path, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"--resume: {path}: no such checkpoint") from error
+        raise UserError(f"{option}: {path}: no such checkpoint") from error
     except OSError as error:
-        raise UserError(f"--resume: {path}: {error.strerror or error}") from error
+        raise UserError(f"{option}: {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged pickles raise whatever they please
-        raise UserError(f"--resume: {path}: not a checkpoint, or a broken one") from error
+        raise UserError(f"{option}: {path}: not a checkpoint, or a broken one") from error
     if not isinstance(checkpoint, dict) or "convext" not in checkpoint:
-        raise UserError(f"--resume: {path}: not a checkpoint of convext train")
+        raise UserError(f"{option}: {path}: not a checkpoint of convext train")
     return path, checkpoint
 
 

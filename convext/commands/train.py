@@ -1,0 +1,70 @@
+"""`convext train`: the options of a run."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train the lesson's CNN on MNIST",
+        description="Trains the lesson's CNN on MNIST, or where MNIST can't be had on "
+        "scikit-learn's digits. Writes last.ckpt and metrics.json into the run's folder.",
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, metavar="N", help="(default: 1; digits: 10)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images per step, of all processes together (default: 512; digits: 64)",
+    )
+    add("--lr", type=float, metavar="RATE", help="highest rate of the 1cycle (default: 0.06)")
+    add("--seed", type=int, metavar="N", help="of weights and order of images (default: 0)")
+    add(
+        "--data",
+        choices=("mnist", "digits", "auto"),
+        help="auto is MNIST where it can be had, else digits (default: auto)",
+    )
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="where the MNIST files lie (default: $CONVEXT_DATA, else the user's cache, "
+        "into which they are downloaded)",
+    )
+    add("--layers", choices=("convext", "torch"), help="whose layers (default: convext)")
+    add("--algorithm", metavar="NAME", help="of the convolutions (default: auto)")
+    add(
+        "--device",
+        choices=("cpu", "cuda", "auto"),
+        help="auto is cuda where torch finds a GPU and convext has kernels for it (default: auto)",
+    )
+    add(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="processes on this machine, each with its part of every batch; on convext's layers "
+        "they train as one would (default: 1, or those that torchrun started)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of all processes together, at least one each (default: torch's own choice)",
+    )
+    add("--out", metavar="DIR", help="the run's folder (default: a new one in runs/)")
+    add(
+        "--resume",
+        metavar="RUN",
+        help="go on with this run (folder or checkpoint) up to --epochs; --device, --devices "
+        "and --threads may differ, the other options are the run's own",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from convext.mnist.train import Options, train
+
+        names = Options.__dataclass_fields__
+        train(Options(**{name: getattr(args, name) for name in names}))
+
+    parser.set_defaults(run=run)
