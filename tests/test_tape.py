@@ -113,7 +113,7 @@ def test_names_are_unique_and_tell_the_layer():
     assert names[:6] == ["input", "conv", "norm", "relu.relu_", "same", "add"]
     assert tape.find("relu").name == "relu"  # its last call
     assert tape.find(tape.steps[1].module) is tape.steps[1]
-    with pytest.raises(ValueError, match="layer must be one of input, conv, norm, .*, got 'cov'"):
+    with pytest.raises(ValueError, match=r"layer must be one of input, conv, norm, .*, got 'cov'"):
         tape.find("cov")
 
 
