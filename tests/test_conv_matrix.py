@@ -349,6 +349,8 @@ def test_the_picture_names_cells():
     assert [t.get_text() for t in left.get_xticklabels()][:4] == ["0,0", "0,1", "0,2", "1,0"]
     assert [t.get_text() for t in left.texts][:9] == [*GREEK[:2], "0", *GREEK[2:4], *"0000"]
     assert [t.get_text()[0] for t in right.texts] == list(GREEK[:4])
+    left, _ = conv_matrix(nn.Conv2d(1, 1, 5), (1, 5, 6)).plot().axes
+    assert [t.get_text() for t in left.texts][:6] == ["0", "1", "2", "3", "4", "."]  # weight 0
 
 
 def test_a_picture_too_large_is_an_error():

@@ -68,11 +68,12 @@ def plot(matrix: ConvMatrix) -> Figure:
     ties = matrix.ties().cpu().numpy()
     _draw(left, matrix, ties)
     if cell > 0.2:
-        _name_cells(left, matrix, ties, 24 * cell)
+        _name_cells(left, matrix, ties, min(11, 34 * cell))
     _name_axis(left.xaxis, matrix.input_size)
     _name_axis(left.yaxis, matrix.output_size)
     left.set_xlabel(f"input cell ({', '.join(axis_names(matrix.input_size))})", fontsize=8)
-    left.set_ylabel(f"output cell ({', '.join(axis_names(matrix.output_size))})", fontsize=8)
+    label = f"output cell ({', '.join(axis_names(matrix.output_size))})"
+    left.set_ylabel(label if rows * cell > 1.5 else "output", fontsize=8)
     grey = ", grey a sum of weights" if matrix.sums else ""
     left.set_title(f"{rows:,} x {columns:,} matrix; white is always 0{grey}", fontsize=9)
 
@@ -90,16 +91,16 @@ def _two_axes(
     """Axes of these inches (width, height), and beside them for kernels of (rows, columns)."""
     left, bottom, top, gap = 0.9, 0.8, 0.4, 0.4
     beside = (kernels[1] * kernel_cell, kernels[0] * kernel_cell)
-    inside = max(matrix[1], beside[1])
-    width, height = left + matrix[0] + gap + beside[0] + gap / 2, bottom + inside + top
+    rooms = (max(matrix[0], 2.5), max(beside[0], 0.8))  # a title and labels need as much
+    inside = max(matrix[1], beside[1], 1.6)
+    width, height = left + sum(rooms) + 1.5 * gap, bottom + inside + top
     # Laid out by hand: matplotlib's engines leave squares too little room, or too much.
     figure, (axes,) = new_figure(1, 2, (width, height))
     figure.set_layout_engine("none")
-    x = left
-    for each, (wide, high) in zip(axes, (matrix, beside), strict=True):
-        y = bottom + (inside - high) / 2
+    for each, (wide, high), room in zip(axes, (matrix, beside), rooms, strict=True):
+        x, y = left + (room - wide) / 2, bottom + (inside - high) / 2
         each.set_position([x / width, y / height, wide / width, high / height])
-        x += wide + gap
+        left += room + gap
     return figure, *axes
 
 
@@ -137,6 +138,7 @@ def _name_cells(
     """
     flat = matrix.weight.view(-1).tolist()
     middle = {"ha": "center", "va": "center"}
+    zero = "0" if matrix.name_of(0) != "0" else "."  # where numbers stand for weights
     for (row, column), number in np.ndenumerate(numbers):
         if number >= 0:
             text = matrix.name_of(int(number))
@@ -147,7 +149,7 @@ def _name_cells(
             shrink = 1 if values else min(1, 3 / max(map(len, text.split("\n"))))
             axes.text(column, row, text, fontsize=size * shrink, **middle)
         elif not values:
-            axes.text(column, row, "0", color="#bbbbbb", fontsize=size, **middle)
+            axes.text(column, row, zero, color="#bbbbbb", fontsize=size, **middle)
 
 
 def _name_axis(axis: Axis, size: Sequence[int]) -> None:
