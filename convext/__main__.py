@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from convext.commands import bench, matrix, train
+from convext.commands import bench, matrix, trace, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -40,6 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     train.add,
+    trace.add,
     bench.add,
     matrix.add,
 )

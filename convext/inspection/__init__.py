@@ -4,6 +4,20 @@ Every function returns data first; drawing is a step of its own.
 """
 
 from convext.inspection.conv_matrix import ConvMatrix, conv_matrix
+from convext.inspection.precedents import LayerCells, Trace, dependents, precedents
 from convext.inspection.summary import LayerRow, Summary, summary
+from convext.inspection.terms import Read, Terms
 
-__all__ = ["ConvMatrix", "LayerRow", "Summary", "conv_matrix", "summary"]
+__all__ = [
+    "ConvMatrix",
+    "LayerCells",
+    "LayerRow",
+    "Read",
+    "Summary",
+    "Terms",
+    "Trace",
+    "conv_matrix",
+    "dependents",
+    "precedents",
+    "summary",
+]

@@ -12,7 +12,7 @@ pooling. A set of cells is a mask; the map carries it forwards, and its transpos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,11 +78,37 @@ class Tape:
         reached[step] = mask.bool().cpu()
         for current in reversed(self.steps[1 : step + 1]):
             if reached[current.index].any():
-                for source, cells in zip(
-                    dict.fromkeys(current.inputs), _pull(current, self, reached), strict=True
-                ):
+                for source, cells in self.reads(current.index, reached[current.index]).items():
                     reached[source] |= cells
         return reached
+
+    def reads(self, step: int, mask: Tensor) -> dict[int, Tensor]:
+        """The cells that some cells of one step read themselves, by the step that they are of.
+
+        Args:
+            step: its index.
+            mask: bool, of its value's shape: the cells.
+
+        Returns:
+            By each step that it reads: a bool mask of that one's value's shape.
+        """
+        current = self.steps[step]
+        inputs = tuple(dict.fromkeys(current.inputs))
+        with torch.enable_grad():
+            sources = [
+                torch.zeros(self.steps[i].value.shape, dtype=torch.float64, requires_grad=True)
+                for i in inputs
+            ]
+            if not sources:
+                return {}
+            output = spread(current)(*sources)
+            # Of ones and zeros at every step, so that no product of many layers grows out of range.
+            cells = mask.double().cpu().reshape(output.shape)
+            gradients = torch.autograd.grad(output, sources, cells, allow_unused=True)
+        return {
+            i: torch.zeros(source.shape, dtype=torch.bool) if gradient is None else gradient > 0
+            for i, source, gradient in zip(inputs, sources, gradients, strict=True)
+        }
 
     def dependents(self, step: int, mask: Tensor) -> dict[int, Tensor]:
         """The cells of every later step that depend on some cells of one step; as `precedents`."""
@@ -98,23 +124,6 @@ class Tape:
             else:
                 reached[current.index] = torch.zeros(shape, dtype=torch.bool)
         return reached
-
-
-def _pull(step: Step, tape: Tape, reached: dict[int, Tensor]) -> Sequence[Tensor]:
-    """The cells of each of the step's inputs that its reached cells read, by the transposed map."""
-    with torch.enable_grad():
-        sources = [
-            torch.zeros(tape.steps[i].value.shape, dtype=torch.float64, requires_grad=True)
-            for i in dict.fromkeys(step.inputs)
-        ]
-        output = spread(step)(*sources)
-        # Of ones and zeros at every step, so that no product of many layers grows out of range.
-        cells = reached[step.index].double().reshape(output.shape)
-        gradients = torch.autograd.grad(output, sources, cells, allow_unused=True)
-    return [
-        torch.zeros(source.shape, dtype=torch.bool) if gradient is None else gradient > 0
-        for source, gradient in zip(sources, gradients, strict=True)
-    ]
 
 
 def record(model: nn.Module, input: Tensor) -> Tape:
