@@ -95,17 +95,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _step(tape: Tape, args: argparse.Namespace) -> Step:
-    from torch.nn.modules.conv import _ConvNd
+    from convext.inspection.terms import CONVOLUTIONS
 
-    layer = args.layer
-    if layer is None and args.dependents:
-        layer = "input"
-    if layer is None:
-        layers = [step.layer for step in tape.steps if isinstance(step.module, _ConvNd)]
-        if not layers:
+    if args.layer is None and not args.dependents:
+        convolutions = [step for step in tape.steps if step.kind in CONVOLUTIONS]
+        if not convolutions:
             raise UserError(f"MODEL {args.model} has no convolution: say by --layer which cell")
-        layer = layers[-1]
+        return convolutions[-1]
     try:
-        return tape.find(layer)
+        return tape.find("input" if args.layer is None else args.layer)
     except ValueError as error:
-        raise UserError(f"--layer: {error}") from error
+        raise UserError(f"--{error}") from error

@@ -19,8 +19,9 @@ from torch import Tensor
 from convext.inspection.step import Ref, Step
 from convext.inspection.tape import Tape
 
-_CONVOLUTIONS = ("convolution", "_convolution", "conv2d", "mkldnn_convolution")
+_PLAIN = ("convolution", "_convolution", "conv2d", "mkldnn_convolution")
 _BLOCKS = ("conv_block_eval",)  # a convolution, and a formula for what follows
+CONVOLUTIONS = _PLAIN + _BLOCKS
 _MAXIMA = ("max_pool2d_with_indices", "max_pool2d")
 _NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "batch_norm_eval")
 _PRODUCTS = {"addmm": ("mat1", "mat2"), "mm": ("self", "mat2"), "mv": ("self", "vec")}
@@ -129,7 +130,7 @@ def terms(tape: Tape, step: Step, index: tuple[int, ...]) -> Terms:
         NotImplementedError: an operation of which is not known what it reads.
     """
     step, index = _behind_moves(tape, step, index)
-    if step.kind in _CONVOLUTIONS + _BLOCKS and not _is_transposed(step):
+    if step.kind in CONVOLUTIONS and not _is_transposed(step):
         return _of_convolution(tape, step, index)
     if step.kind in _MAXIMA:
         return _of_maximum(tape, step, index)
@@ -158,7 +159,7 @@ def linear_part(step: Step) -> Callable[..., Tensor] | None:
     Returns:
         From float64 tensors for its inputs, each once, to its output; None if it is not linear.
     """
-    if step.op is None or step.kind not in (*_CONVOLUTIONS, *_PRODUCTS, *_LINEAR):
+    if step.op is None or step.kind not in (*_PLAIN, *_PRODUCTS, *_LINEAR):
         return None
     arguments = step.named_arguments()
     if step.kind in _PRODUCTS and all(isinstance(arguments[a], Ref) for a in _PRODUCTS[step.kind]):

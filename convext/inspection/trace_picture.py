@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convext.inspection.drawing import COLORS, HIGHLIGHT, image, new_figure
-from convext.inspection.terms import Terms, number, place
+from convext.inspection.terms import CONVOLUTIONS, Terms, number, place
 from convext.inspection.written import runs
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ _PALE = 0.65  # how much white lies over the cells that do not belong to the tra
 _INCHES = 1.75  # of one grid
 _STRIP = 0.3  # the height of a dense layer's numbers, of a grid's
 _SUMS = 2  # channels whose products are drawn
-_KERNELS = ("convolution", "conv2d", "conv_block_eval")
 
 
 def plot_trace(trace: Trace, channels: int = 4) -> Figure:
@@ -84,7 +83,7 @@ def _draw_step(row: np.ndarray, cells: LayerCells, trace: Trace, limit: int) -> 
     )
     if _is_strip(cells):
         _spread_out(row, _plane(cells)[1])
-    elif trace.tape.steps[cells.step].kind in _KERNELS and len(leading) == 2:
+    elif trace.tape.steps[cells.step].kind in CONVOLUTIONS and len(leading) == 2:
         outputs = [grid % leading[1] for grid in shown]
         _draw_kernels(row[-1], trace.tape.steps[cells.step], outputs, limit)
 
