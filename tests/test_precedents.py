@@ -59,6 +59,23 @@ class Residual(nn.Module):
         return torch.sub(y, x, alpha=2)
 
 
+class Shift(nn.Module):
+    def forward(self, x):
+        return x + 0.3
+
+
+class Affine(nn.Module):
+    """A constant matrix times the input, and a constant added."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+        self.constant = nn.Parameter(torch.randn(1, 5))
+
+    def forward(self, x):
+        return self.constant - self.matrix @ x
+
+
 class Fused(nn.Module):
     """convext's fused operation, called directly."""
 
@@ -143,6 +160,7 @@ RESULTS = {
     "norm without gamma": (nn.BatchNorm2d(3, affine=False), (2, 3, 4, 5)),
     "difference": (Residual(), (1, 2, 5, 4)),
     "sum in place": (Residual(in_place=True), (1, 2, 5, 4)),
+    "affine": (Affine(), (3, 5)),
     "flatten": (nn.Flatten(), (1, 2, 3, 4)),
     "block": (convext.ConvBlock2d(2, 4, 3, order="conv-norm-relu"), (1, 2, 5, 4)),
     "fused, relu first": (Fused("conv-relu-norm"), (1, 2, 5, 4)),
@@ -262,8 +280,9 @@ def test_precedents_are_the_cells_whose_change_changes_it(model, layer, index):
         (nn.ConvTranspose2d(2, 3, (3, 2), stride=2), (1, 2, 4, 5), (0, 1, 3, 2)),
         (nn.Linear(6, 5), (3, 6), (2, 4)),
         (nn.AvgPool2d(3, 2, 1), (1, 2, 6, 5), (0, 1, 4, 4)),
+        (Shift(), (2, 5), (1, 2)),
     ],
-    ids=["convext", "torch", "winograd", "transposed", "linear", "mean"],
+    ids=["convext", "torch", "winograd", "transposed", "linear", "mean", "shift"],
 )
 def test_a_dependents_weight_is_the_one_among_its_precedents(layer, size, cell):
     layer, x = layer.double(), torch.randn(size, dtype=torch.float64)
@@ -285,6 +304,23 @@ def test_a_residual_branch_is_read_directly_and_by_its_convolution():
     assert trace.layer("input").weights.nonzero().tolist() == [[0, 1, 2, 2]]  # directly
     assert float(trace.layer("input").weights.min()) == -2
     assert float(trace.layer("conv").weights.max()) == 1
+
+
+def test_constants_are_biases_and_factors_are_weights():
+    model = Affine().double()
+    trace = precedents(model, torch.randn(3, 5, dtype=torch.float64), "", (2, 4))
+    assert [cells.name for cells in trace.layers] == ["input", "mm", "sub"]
+    assert trace.terms.bias == float(model.constant[0, 4].detach())
+    assert trace.layer("mm").weights[2, 4] == -1
+    product = precedents(model, torch.randn(3, 5, dtype=torch.float64), "mm", (2, 4))
+    assert product.terms.bias is None
+    assert torch.equal(product.layer("input").weights[:, 4], model.matrix[2].detach())
+
+
+def test_a_layer_that_only_moves_cells_copies_them():
+    x = torch.rand(1, 1, 28, 28)
+    written = precedents(conv_example(), x, "flatten", (0, 200)).terms
+    assert (written.rule, written.formula) == ("copy", "pool[0, 1, 4, 8]")
 
 
 def test_n_may_be_left_out_where_it_is_1():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,9 +37,9 @@ class LayerCells:
 
     step: int
     name: str
-    mask: Tensor
-    values: Tensor
-    weights: Tensor | None
+    mask: Tensor = field(repr=False)
+    values: Tensor = field(repr=False)
+    weights: Tensor | None = field(repr=False)
 
     @property
     def cells(self) -> Tensor:
@@ -64,11 +64,11 @@ class Trace:
     """
 
     direction: str
-    tape: Tape
+    tape: Tape = field(repr=False)
     step: int
     index: tuple[int, ...]
     layers: tuple[LayerCells, ...]
-    terms: Terms | None
+    terms: Terms | None = field(repr=False)
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,10 +91,10 @@ class Terms:
         winner: the place of a maximum's cell, the first of equal ones; else None.
     """
 
-    step: Step
+    step: Step = field(repr=False)
     index: tuple[int, ...]
     value: float
-    reads: tuple[Read, ...]
+    reads: tuple[Read, ...] = field(repr=False)
     rule: str = "cells"
     bias: float | None = None
     total: float | None = None
