@@ -108,8 +108,8 @@ def numbers(text: str) -> tuple[int, ...]:
     return found
 
 
-def add_image(parser: argparse.ArgumentParser) -> None:
-    """--digit, --image and --data-dir, for `load_input`."""
+def add_digit(parser: argparse.ArgumentParser) -> None:
+    """--digit and --data-dir, for `load_digit`."""
     parser.add_argument(
         "--digit",
         type=int,
@@ -118,8 +118,27 @@ def add_image(parser: argparse.ArgumentParser) -> None:
         help="which validation image of MNIST, or where that can't be had of scikit-learn's "
         "digits (default: 0)",
     )
-    parser.add_argument("--image", metavar="FILE", help="a picture instead, made grey and 28x28")
     parser.add_argument("--data-dir", metavar="DIR", help="where the MNIST files lie")
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """--digit, --image and --data-dir, for `load_input`."""
+    add_digit(parser)
+    parser.add_argument("--image", metavar="FILE", help="a picture instead, made grey and 28x28")
+
+
+def load_digit(args: argparse.Namespace) -> torch.Tensor:
+    """The digit that the options of `add_digit` name: (1, 1, 28, 28), float32 in [0, 1].
+
+    Raises:
+        UserError: a number that there is not, or data that can't be had.
+    """
+    from convext.mnist.data import load_data
+
+    images = load_data("auto", args.data_dir).valid.images
+    if not 0 <= args.digit < len(images):
+        raise UserError(f"--digit must be from 0 to {len(images) - 1}, got {args.digit}")
+    return images[args.digit : args.digit + 1]
 
 
 def load_input(args: argparse.Namespace) -> torch.Tensor:
@@ -128,14 +147,9 @@ def load_input(args: argparse.Namespace) -> torch.Tensor:
     Raises:
         UserError: a file or a number that there is not.
     """
-    from convext.mnist.data import load_data
-
     if args.image is not None:
         return _grey_picture(args.image, (28, 28))
-    images = load_data("auto", args.data_dir).valid.images
-    if not 0 <= args.digit < len(images):
-        raise UserError(f"--digit must be from 0 to {len(images) - 1}, got {args.digit}")
-    return images[args.digit : args.digit + 1]
+    return load_digit(args)
 
 
 def _grey_picture(path: str, size: tuple[int, int]) -> torch.Tensor:

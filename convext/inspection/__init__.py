@@ -3,7 +3,9 @@
 Every function returns data first; drawing is a step of its own.
 """
 
+from convext.inspection import filters
 from convext.inspection.conv_matrix import ConvMatrix, conv_matrix
+from convext.inspection.filter_plot import plot_filters
 from convext.inspection.precedents import LayerCells, Trace, dependents, precedents
 from convext.inspection.summary import LayerRow, Summary, summary
 from convext.inspection.terms import Read, Terms
@@ -18,6 +20,8 @@ __all__ = [
     "Trace",
     "conv_matrix",
     "dependents",
+    "filters",
+    "plot_filters",
     "precedents",
     "summary",
 ]

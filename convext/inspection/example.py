@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 import convext
-
-# Of the first convolution, by hand; rows from top to bottom.
-TOP_EDGE = ((-1.0, -1.0, -1.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-LEFT_EDGE = ((-1.0, 0.0, 1.0), (-1.0, 0.0, 1.0), (-1.0, 0.0, 1.0))
+from convext.inspection.filters import as_weight
 
 
 def conv_example() -> nn.Sequential:
@@ -36,5 +33,5 @@ def conv_example() -> nn.Sequential:
         )
     )
     with torch.no_grad():
-        model.conv1.weight.copy_(torch.tensor([[TOP_EDGE], [LEFT_EDGE]]))
+        model.conv1.weight.copy_(as_weight(("top-edge", "left-edge")))
     return model
