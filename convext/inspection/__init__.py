@@ -7,12 +7,22 @@ from convext.inspection import filters
 from convext.inspection.conv_matrix import ConvMatrix, conv_matrix
 from convext.inspection.filter_plot import plot_filters
 from convext.inspection.precedents import LayerCells, Trace, dependents, precedents
+from convext.inspection.show import (
+    Activations,
+    LayerFilters,
+    LayerMaps,
+    show_activations,
+    show_filters,
+)
 from convext.inspection.summary import LayerRow, Summary, summary
 from convext.inspection.terms import Read, Terms
 
 __all__ = [
+    "Activations",
     "ConvMatrix",
     "LayerCells",
+    "LayerFilters",
+    "LayerMaps",
     "LayerRow",
     "Read",
     "Summary",
@@ -23,5 +33,7 @@ __all__ = [
     "filters",
     "plot_filters",
     "precedents",
+    "show_activations",
+    "show_filters",
     "summary",
 ]
