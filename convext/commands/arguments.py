@@ -199,7 +199,7 @@ def show(*things: object) -> None:
         return
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     for thing in things:
-        console.print(thing)
+        console.print(thing if hasattr(thing, "__rich__") else str(thing))
 
 
 def index_of(indices: Sequence[int] | None, shape: Sequence[int], option: str) -> tuple[int, ...]:
