@@ -16,6 +16,7 @@ from convext.inspection.show import (
 )
 from convext.inspection.summary import LayerRow, Summary, summary
 from convext.inspection.terms import Read, Terms
+from convext.inspection.workbook import write_workbook
 
 __all__ = [
     "Activations",
@@ -36,4 +37,5 @@ __all__ = [
     "show_activations",
     "show_filters",
     "summary",
+    "write_workbook",
 ]

@@ -1,9 +1,4 @@
-"""A spreadsheet's page being filled from left to right: where each layer's cells lie, and how.
-
-Cells are tensors of numbers: `place(row, column)`, one float64 per cell, in the shape of the value
-that the cells hold. What only moves values about (a view, a transposition, a slice) is done to the
-places, and its cells are those that it moved.
-"""
+"""A sheet being filled from left to right: where numbers and formulas stand, and how they look."""
 
 from __future__ import annotations
 
@@ -14,19 +9,20 @@ from math import ceil
 import torch
 from openpyxl.formatting.rule import ColorScaleRule, FormulaRule
 from openpyxl.styles import Alignment, Border, Font, NamedStyle, Side
-from openpyxl.utils import get_column_letter
 from openpyxl.worksheet.worksheet import Worksheet
 from torch import Tensor
 
-COLUMNS, ROWS = 2**14, 2**20  # that Excel has; LibreOffice has as many
+from convext.inspection.spreadsheet.text import COLUMNS, ROWS, area, name, rectangle, row_and_column
+from convext.inspection.step import Step
+
 LENGTH = 8192  # of a formula
-ARGUMENTS = 255  # of a function
 TOP = 6  # the first row of numbers: above are a note, name, operation, headings, a title
-WIDTH, HEIGHT = 4.1, 22  # of a cell, in characters of 11 points and in points: a square
+WIDTH, HEIGHT = 4.1, 25  # of a cell, in characters of 11 points and in points: a square
 FONT = "Arial"
 
 _LIGHT = Font(color="FFFFFFFF")
 _TITLE = Font(name=FONT, size=8, color="FF7F7F7F")
+_HEADING = Font(name=FONT, size=7, color="FF7F7F7F")
 _NAME = Font(name=FONT, size=12, bold=True)
 _TEXT = Font(name=FONT, size=9)
 _CENTER = Alignment(horizontal="center", vertical="center")
@@ -43,56 +39,6 @@ def _number_style() -> NamedStyle:
         border=Border(left=_LINE, right=_LINE, top=_LINE, bottom=_LINE),
         number_format="0.00",
     )
-
-
-def place(row: int, column: int) -> float:
-    """One number for a cell; the cell to the right has the next one."""
-    return float(row * COLUMNS + column)
-
-
-def rectangle(top: int, left: int, height: int, width: int) -> Tensor:
-    """The places of a rectangle of cells: (height, width), float64."""
-    rows = torch.arange(top, top + height, dtype=torch.float64)[:, None]
-    return rows * COLUMNS + torch.arange(left, left + width, dtype=torch.float64)
-
-
-def row_and_column(cell: float) -> tuple[int, int]:
-    return divmod(int(cell), COLUMNS)
-
-
-def name(cell: float, fixed: bool = False) -> str:
-    """The cell as a formula writes it, "B7"; fixed, "$B$7", it stays when the formula is copied."""
-    row, column = row_and_column(cell)
-    letter = get_column_letter(column)
-    return f"${letter}${row}" if fixed else f"{letter}{row}"
-
-
-def area(cells: Tensor, fixed: bool = False) -> str:
-    """A rectangle of cells as a formula writes it: "B7:D9", or "B7" for one."""
-    first, last = (name(float(cells[corner]), fixed) for corner in ((0, 0), (-1, -1)))
-    return first if first == last else f"{first}:{last}"
-
-
-def areas(cells: Tensor) -> list[Tensor]:
-    """Cuts a sequence of cells into the rectangles that lie on the page row by row.
-
-    Returns:
-        Their places, each (height, width); one after the other they are the sequence.
-    """
-    runs: list[list[float]] = []
-    for cell in cells.reshape(-1).tolist():
-        if runs and cell == runs[-1][-1] + 1:
-            runs[-1].append(cell)
-        else:
-            runs.append([cell])
-    found: list[list[list[float]]] = []
-    for run in runs:
-        above = found[-1][-1] if found else []
-        if len(above) == len(run) and run[0] == above[0] + COLUMNS:
-            found[-1].append(run)
-        else:
-            found.append([run])
-    return [torch.tensor(rows, dtype=torch.float64) for rows in found]
 
 
 def planes(value: Tensor) -> Tensor:
@@ -136,7 +82,6 @@ class Page:
 
     def begin(self, layer: str, operation: str) -> None:
         """Starts a layer's columns, with a head that stays when one scrolls down."""
-        self._start = self.column
         self.text(2, self.column, layer, _NAME)
         self.text(3, self.column, operation, _TEXT)
         self._least = self.column + ceil(max(len(layer) * 1.4, len(operation)) / 5)
@@ -222,7 +167,7 @@ class Page:
 
     def heading(self, text: str) -> None:
         """Of the next column, in a row that stays when one scrolls down."""
-        self.text(4, self.column, text)
+        self.text(4, self.column, text, _HEADING)
 
     def color(self, cells: Tensor, values: Tensor, signed: bool) -> None:
         """Shades cells by their value.
@@ -247,3 +192,12 @@ class Page:
             whole = area(torch.stack([cells[0, 0, :1], cells[-1, -1, -1:]]), fixed=True)
             dark = f"{name(float(cells[0, 0, 0]))}>(MAX({whole})+MIN({whole}))/2"
         rules.add(ranges, FormulaRule(formula=[dark], font=_LIGHT))
+
+
+def write_value(step: Step, tops: Sequence[int], formulas: Iterator[str], page: Page) -> Tensor:
+    """Ends a layer's columns: writes the formulas of its value, in order, and shades them."""
+    grids = planes(step.value)
+    cells = page.grids(grids.shape, tops, formulas)
+    page.color(cells, grids, signed=bool((grids < 0).any()))
+    page.end()
+    return cells.reshape(step.value.shape)

@@ -1,0 +1,1 @@
+"""A network as formulas of a spreadsheet; needs openpyxl, the extra [xlsx]."""
