@@ -19,8 +19,9 @@ def write_workbook(model: nn.Module, input: Tensor, path: str | Path) -> Path:
     reshapes has no cells of its own. A second sheet lists the layers, with links. Weights and input
     are written in full precision (16 digits), and the spreadsheet computes in float64.
 
-    The lesson's spreadsheet network gives 4,958 formulas and the lesson's CNN 9,306, about as many
-    kilobytes as hundreds of formulas, which LibreOffice computes in seconds.
+    The lesson's spreadsheet network gives 5,306 formulas in 98 KB, the lesson's CNN 9,370 formulas
+    over 30,762 weights and statistics in 701 KB; LibreOffice opens, computes and saves either in
+    about five seconds.
 
     Args:
         model: any module made of 2d convolutions, batch norms, pools, activations, dense layers,

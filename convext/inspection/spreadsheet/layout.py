@@ -66,7 +66,8 @@ def lay_out(model: nn.Module, input: Tensor) -> Layout:
     for step, write in zip(tape.steps[1:], rules, strict=True):
         before = page.formulas
         cells.append(write(step, [cells[i] for i in dict.fromkeys(step.inputs)], page))
-        rows.append((step, page.formulas - before))
+        count = page.formulas - before
+        rows.append((step, count, page.operation if count else f"{step.kind}: moves cells only"))
     _contents(workbook.create_sheet("contents"), tape, cells, rows, page)
     workbook.calculation.fullCalcOnLoad = True  # the file holds formulas and no results
     return Layout(workbook, tape, tuple(cells))
@@ -81,11 +82,10 @@ def _size(step: Step) -> int:
 def _contents(sheet: Worksheet, tape: Tape, cells: list[Tensor], rows: list, page: Page) -> None:
     """A list of the layers; its links go to the first cell of each."""
     sheet.append(["layer", "operation", "output", "formulas", "first cell", "its formula"])
-    sheet.append(["input", "", _shape(tape.steps[0]), 0, name(float(cells[0].flatten()[0])), ""])
-    for step, count in rows:
+    for step, count, operation in [(tape.steps[0], 0, "numbers"), *rows]:
         first = name(float(cells[step.index].flatten()[0]))
-        formula = f" {page.sheet[first].value}" if count else " the same cells as before it"
-        sheet.append([step.name, step.kind, _shape(step), count, first, formula[1:]])
+        formula = page.sheet[first].value if count else None
+        sheet.append([step.name, operation, _shape(step), count, first, formula])
         sheet.cell(sheet.max_row, 6).data_type = "s"  # shown, not computed
     for row in range(2, sheet.max_row + 1):
         link = sheet.cell(row, 1)
@@ -95,7 +95,7 @@ def _contents(sheet: Worksheet, tape: Tape, cells: list[Tensor], rows: list, pag
     sheet.append(["", "", "all", page.formulas])
     for cell in sheet[1]:
         cell.font = Font(bold=True)
-    for column, width in zip("ABCDEF", (16, 24, 18, 10, 12, 100), strict=True):
+    for column, width in zip("ABCDEF", (16, 44, 18, 10, 12, 100), strict=True):
         sheet.column_dimensions[column].width = width
     sheet.freeze_panes = "A2"
 

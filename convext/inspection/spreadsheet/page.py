@@ -59,12 +59,14 @@ class Page:
     Attributes:
         column: the next that is free.
         formulas: how many there are.
+        operation: of the layer begun last, in words.
     """
 
     def __init__(self, sheet: Worksheet) -> None:
         self.sheet = sheet
         self.column = 2
         self.formulas = 0
+        self.operation = ""
         sheet.parent.add_named_style(_number_style())
         sheet.sheet_format.defaultColWidth = WIDTH
         sheet.sheet_format.baseColWidth = 4
@@ -82,6 +84,7 @@ class Page:
 
     def begin(self, layer: str, operation: str) -> None:
         """Starts a layer's columns, with a head that stays when one scrolls down."""
+        self.operation = operation
         self.text(2, self.column, layer, _NAME)
         self.text(3, self.column, operation, _TEXT)
         self._least = self.column + ceil(max(len(layer) * 1.4, len(operation)) / 5)

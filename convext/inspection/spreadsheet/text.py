@@ -93,7 +93,7 @@ def sum_of_products(cells: Tensor, weights: Tensor) -> str:
 
 def number(step: Step, value: Any) -> str:
     """As a formula takes it; negative ones in parentheses."""
-    value = float(finite(step, torch.as_tensor(value)))
+    value = float(finite(step, torch.as_tensor(value, dtype=torch.float64)))
     text = repr(value).removesuffix(".0").upper()
     return f"({text})" if value < 0 else text
 
