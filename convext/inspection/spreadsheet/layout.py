@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openpyxl import Workbook
-from openpyxl.styles import Font
+from openpyxl.styles import Alignment, Font
 from openpyxl.worksheet.hyperlink import Hyperlink
 from openpyxl.worksheet.worksheet import Worksheet
 from torch import Tensor, nn
 
-from convext.inspection.spreadsheet.page import Page
+from convext.inspection.spreadsheet.page import FONT, Page
 from convext.inspection.spreadsheet.rules import input_cells, rule
 from convext.inspection.spreadsheet.text import name
 from convext.inspection.step import Step, leaves
@@ -18,7 +18,7 @@ from convext.inspection.tape import Tape, record
 
 MAX_CELLS = 500_000
 NOTE = (
-    "Each cell right of the input is a formula over cells of this sheet. Select one, then "
+    "Each number that a layer computes is a formula over cells of this sheet. Select one, then "
     "Formulas > Trace Precedents (Excel) or Tools > Detective > Trace Precedents (LibreOffice): "
     "arrows come from the cells that it reads. Change a pixel or a weight, and all follows."
 )
@@ -91,10 +91,12 @@ def _contents(sheet: Worksheet, tape: Tape, cells: list[Tensor], rows: list, pag
         link = sheet.cell(row, 1)
         there = f"{page.sheet.title}!{sheet.cell(row, 5).value}"
         link.hyperlink = Hyperlink(ref=link.coordinate, location=there)
-        link.font = Font(color="FF0563C1", underline="single")
+        link.font = Font(name=FONT, size=11, color="FF0563C1", underline="single")
     sheet.append(["", "", "all", page.formulas])
     for cell in sheet[1]:
-        cell.font = Font(bold=True)
+        cell.font = Font(name=FONT, size=11, bold=True)
+    for (cell,) in sheet["E1:E" + str(sheet.max_row)]:
+        cell.alignment = Alignment(horizontal="center")
     for column, width in zip("ABCDEF", (16, 44, 18, 10, 12, 100), strict=True):
         sheet.column_dimensions[column].width = width
     sheet.freeze_panes = "A2"

@@ -134,8 +134,9 @@ class Page:
                 self.text(tops[0] + row, self.column, str(row))
                 self.sheet.cell(tops[0] + row, self.column).alignment = _CENTER
             self.column += 1
-        title = "channel" if count > 1 else ""
-        return self._grids(shape, tops, title, self._counted(formulas))
+            self.text(tops[0] - 1, self.column, "output")
+            return self._grids(shape, tops, "", self._counted(formulas))
+        return self._grids(shape, tops, "channel", self._counted(formulas))
 
     def _counted(self, formulas: Iterable[str]) -> Iterator[str]:
         for formula in formulas:
