@@ -37,11 +37,12 @@ def write_workbook(model: nn.Module, input: Tensor, path: str | Path) -> Path:
         NotImplementedError: an operation without a formula, which is named; nothing is written.
         ValueError: more than one image, more cells than 500,000 or than a sheet's columns and rows
             hold, a number that is not finite, or a path that is not *.xlsx.
+        ModuleNotFoundError: openpyxl, the extra [xlsx], is not installed.
     """
     path = Path(path)
     if path.suffix != ".xlsx":
         raise ValueError(f"path must end in .xlsx, got {str(path)!r}")
-    from convext.inspection.spreadsheet.layout import lay_out  # the extra openpyxl, if it is needed
+    from convext.inspection.spreadsheet.layout import lay_out  # imports openpyxl, an extra
 
     workbook = lay_out(model, input).workbook
     with replacing(path) as temporary:
