@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from convext.commands import bench, filter, matrix, show, trace, train
+from convext.commands import bench, features, filter, matrix, show, trace, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -45,6 +45,7 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     matrix.add,
     filter.add,
     show.add,
+    features.add,
 )
 
 

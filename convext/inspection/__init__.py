@@ -3,7 +3,7 @@
 Every function returns data first; drawing is a step of its own.
 """
 
-from convext.inspection import filters
+from convext.inspection import features, filters
 from convext.inspection.conv_matrix import ConvMatrix, conv_matrix
 from convext.inspection.filter_plot import plot_filters
 from convext.inspection.precedents import LayerCells, Trace, dependents, precedents
@@ -31,6 +31,7 @@ __all__ = [
     "Trace",
     "conv_matrix",
     "dependents",
+    "features",
     "filters",
     "plot_filters",
     "precedents",
