@@ -115,9 +115,14 @@ class Comparison:
         from rich import box
         from rich.table import Table
 
-        title = f"{self.title}\n{self.setting}"
+        title = f"{self.title}\n{self.setting}\n"
         table = Table(
-            title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_style="", title_justify="left"
+            title=title,
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+            title_style="",
+            title_justify="left",
         )
         for column, name in enumerate(_COLUMNS):
             table.add_column(name, justify="right" if column else "left", no_wrap=True)
