@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -327,6 +328,9 @@ def test_bad_splits_are_named(digits):
     empty = Split(digits[0].images[:0], digits[0].labels[:0])
     with pytest.raises(ValueError, match=r"train\.images must be .*got \(0, 1, 28, 28\)"):
         features.compare(empty, digits[1])
+    same = Split(digits[0].images, torch.zeros(100, dtype=torch.int64))
+    with pytest.raises(ValueError, match="train must hold images of at least two classes"):
+        features.compare(same, digits[1])
 
 
 def test_plain_text_and_rich_show_the_same_numbers(comparison):
@@ -356,6 +360,11 @@ def test_the_picture_shows_the_measured_numbers(comparison):
     assert len(comparison.examples) == 4
 
 
+def test_the_picture_of_what_has_none_of_the_examples(comparison):
+    bare = replace(comparison, examples=comparison.examples[:0])
+    assert [axes.get_xlabel() for axes in bare.plot().axes if axes.axison][:-2] == []
+
+
 # ---- the command ----
 
 
@@ -379,6 +388,7 @@ def test_command(capsys, tmp_path):
     [
         (["--train-images", "0"], "--train-images must be at least 1, got 0"),
         (["--train-images", "1439"], "--train-images must be at most 1438, of digits, got 1439"),
+        (["--train-images", "1"], "--train-images must take in at least two classes, got 1"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--threads", "-1"], "--threads must be at least 1, got -1"),
         (["--data-dir", "."], "digits are read from scikit-learn"),
@@ -402,6 +412,15 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, module, extra):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"convext features: needs {module}: pip install 'convext[{extra}]'\n"
+
+
+def test_a_missing_library_is_found_before_any_work(monkeypatch, digits):
+    def describe(images):
+        raise AssertionError("work began")
+
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(ModuleNotFoundError, match="lightning"):
+        features.compare(*digits, {"none": describe})
 
 
 def test_inspection_is_imported_without_the_extra():

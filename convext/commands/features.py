@@ -9,7 +9,6 @@ from convext.commands.arguments import add_out, show, write
 from convext.errors import UserError
 
 TRAIN_IMAGES = 5_000  # of MNIST's 60,000, so that it takes less than a minute
-LIBRARIES = ("cv2", "lightning", "skimage", "sklearn")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +35,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help=f"learn from the first N (default: {TRAIN_IMAGES}, or all where there are fewer)",
     )
     add("--epochs", type=int, default=5, metavar="N", help="of the CNN (default: 5)")
-    add("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    add("--threads", type=int, default=1, metavar="N", help="to compute with (default: 1)")
     add_out(parser)
     parser.set_defaults(run=run)
 
@@ -47,13 +46,12 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-    # All that it takes, before the data are read or the work begins.
-    for library in (*LIBRARIES, *(["matplotlib"] if args.out else [])):
-        importlib.import_module(library)
-
-    from convext.inspection.features import compare
+    from convext.inspection.features import LIBRARIES, compare
     from convext.mnist.data import Split, load_data
 
+    # One that is missing is found before the data are looked for.
+    for library in (*LIBRARIES, *(["matplotlib"] if args.out else [])):
+        importlib.import_module(library)
     data = load_data(args.data, args.data_dir)
     if data.note:
         print(data.note)
@@ -62,8 +60,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--train-images must be at most {len(data.train)}, of {data.name}, got {count}"
         )
-    print(f"data  {data.name}: the first {count:,} of {len(data.train):,} images to learn from")
     train = Split(data.train.images[:count], data.train.labels[:count])
+    if len(train.labels.unique()) < 2:
+        raise UserError(f"--train-images must take in at least two classes, got {count}")
+    print(f"data  {data.name}: the first {count:,} of {len(data.train):,} images to learn from")
     comparison = compare(train, data.valid, epochs=args.epochs, threads=args.threads)
     show(comparison)
     if args.out:

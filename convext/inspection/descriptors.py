@@ -14,7 +14,7 @@ import torch
 # HOG's, in pixels and cells: seven by seven cells on an image of 28x28.
 ORIENTATIONS, CELL, BLOCK = 9, 4, 2
 # SIFT and ORB describe the surroundings of points; these lie on a grid of so many by so many, as
-# nobody has to find them: a digit fills its image.
+# nobody has to find them: a digit is in the middle of its image.
 POINTS = 3
 SIFT_WINDOW = 16  # pixels: four by four histograms, each of 4x4 pixels, as in Lowe's paper
 ORB_PATCH = 31  # pixels, OpenCV's; the image is doubled, so that they span half of one of 28x28

@@ -7,6 +7,7 @@ the lesson's CNN, which learns its features too, makes of the same images.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ __all__ = [
     "train_cnn",
 ]
 
+LIBRARIES = ("cv2", "lightning", "skimage", "sklearn")  # that `compare` needs besides torch
 _COLUMNS = ("features", "length", "learned", "accuracy", "describe", "fit", "predict", "per image")
 
 
@@ -177,7 +179,9 @@ def compare(
     Args:
         train, valid: images (N, 1, 28, 28), float32 in [0, 1], to learn from and to be judged by.
         descriptors: functions from images (N, 1, H, W) to features (N, D), by name.
-        C: what a training image on the wrong side costs, the same for every descriptor.
+        C: what a training image on the wrong side costs, the same for every descriptor. Learned
+            from 3,000 of MNIST's training images and judged by 3,000 others, each was with 0.1
+            less than a hundredth below its best of 1, 0.1 and 0.01.
         epochs, batch_size, lr, seed: of the CNN; see `convext train`.
         threads: of torch, OpenCV and the linear algebra, during this call.
 
@@ -196,6 +200,10 @@ def compare(
             shape = tuple(split.images.shape)
             raise ValueError(f"{name}.images must be of shape (N, 1, 28, 28), got {shape}")
         planes_of(split.images)
+    if len(train.labels.unique()) < 2:
+        raise ValueError("train must hold images of at least two classes, got one")
+    for library in LIBRARIES:  # one that is missing is found before any work
+        importlib.import_module(library)
     setting = (
         f"linear SVM with C = {C:g}; CNN for {epochs} {'epoch' if epochs == 1 else 'epochs'} of "
         f"batches of {min(batch_size, len(train))}, learning rate up to {lr:g}, seed {seed}; "
