@@ -23,7 +23,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     From the top: the image with the windows of SIFT and the patches of ORB, what HOG sees, Hough's
     lines, its accumulator; below them bars.
     """
-    columns = max(2, len(comparison.examples))
+    columns = max(4, len(comparison.examples))  # as wide as the bars need
     figure, axes = drawing.new_figure(5, columns, (2.4 * columns, 12))
     for image, column in zip(comparison.examples, axes.T, strict=False):
         _draw_windows(column[0], image)
