@@ -6,6 +6,7 @@ Every function returns data first; drawing is a step of its own.
 from convext.inspection import features, filters
 from convext.inspection.conv_matrix import ConvMatrix, conv_matrix
 from convext.inspection.filter_plot import plot_filters
+from convext.inspection.page import write_page
 from convext.inspection.precedents import LayerCells, Trace, dependents, precedents
 from convext.inspection.show import (
     Activations,
@@ -38,5 +39,6 @@ __all__ = [
     "show_activations",
     "show_filters",
     "summary",
+    "write_page",
     "write_workbook",
 ]
