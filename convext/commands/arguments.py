@@ -184,7 +184,7 @@ def write(path: str | Path, save: Callable[[Path], object], option: str = "--out
         save(path)
     except OSError as error:
         raise UserError(f"{option}: {path}: {error.strerror or error}") from error
-    except ValueError as error:  # matplotlib's, of a suffix that it does not know
+    except (ValueError, NotImplementedError) as error:  # of a suffix or a model, say
         raise UserError(f"{option}: {path}: {error}") from error
     print(path)
 
