@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from convext.commands import bench, features, filter, matrix, show, trace, train
+from convext.commands import bench, receptive_field, summary, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -46,6 +47,8 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     filter.add,
     show.add,
     features.add,
+    receptive_field.add,
+    summary.add,
 )
 
 

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convext.errors import UserError
 
@@ -106,6 +106,31 @@ def numbers(text: str) -> tuple[int, ...]:
     if not found or min(found) < 0:
         raise argparse.ArgumentTypeError(f"must be whole numbers like 3,0,2, got {text!r}")
     return found
+
+
+def add_input_size(parser: argparse.ArgumentParser) -> None:
+    """--input-size, (N, C, H, W), for `on_size`."""
+    parser.add_argument(
+        "--input-size",
+        type=size,
+        default=(1, 1, 28, 28),
+        metavar="NxCxHxW",
+        help="of the model's input, such as 1x3x224x224 (default: 1x1x28x28)",
+    )
+
+
+def on_size(run: Callable[[], Any], args: argparse.Namespace) -> Any:
+    """What `run` makes of a model and --input-size.
+
+    Raises:
+        UserError: they don't fit.
+    """
+    try:
+        return run()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        sizes = "x".join(map(str, args.input_size))
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--input-size {sizes}: {reason}") from error
 
 
 def add_digit(parser: argparse.ArgumentParser) -> None:

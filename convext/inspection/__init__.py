@@ -14,6 +14,11 @@ from convext.inspection.show import (
     LayerMaps,
     show_activations,
     show_filters,
+from convext.inspection.receptive_field import (
+    FieldCheck,
+    FieldRow,
+    ReceptiveFields,
+    receptive_field,
 )
 from convext.inspection.summary import LayerRow, Summary, summary
 from convext.inspection.terms import Read, Terms
@@ -41,4 +46,11 @@ __all__ = [
     "summary",
     "write_page",
     "write_workbook",
+    "FieldCheck",
+    "FieldRow",
+    "LayerRow",
+    "ReceptiveFields",
+    "Summary",
+    "receptive_field",
+    "summary",
 ]

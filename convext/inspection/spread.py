@@ -25,15 +25,20 @@ def spread(step: Step) -> Spread:
     Raises:
         NotImplementedError: an operation that is not known here.
     """
+    if is_pointwise(step):
+        return lambda *sources: _pointwise(step, *sources)
     for rule, kinds in _RULES.items():
         if step.kind in kinds:
             return lambda *sources: rule(step, *sources)
-    if torch.Tag.pointwise in step.op.tags:
-        return lambda *sources: _pointwise(step, *sources)
     raise NotImplementedError(
         f"{step.name}: which cells {step.op} reads is not known here; "
         "convext/inspection/spread.py lists the operations that are"
     )
+
+
+def is_pointwise(step: Step) -> bool:
+    """Whether each output cell reads the cells at its own place and no others."""
+    return step.kind in _POINTWISE or torch.Tag.pointwise in step.op.tags
 
 
 def _pointwise(step: Step, *sources: Tensor) -> Tensor:
@@ -162,14 +167,15 @@ _RULES: dict[Spread, frozenset[str]] = {
             *("alias", "detach", "unfold", "diagonal"),
         )
     ),
-    # Marked as pointwise by PyTorch are only some of those that are.
-    _pointwise: frozenset(
-        (
-            *("clone", "_to_copy", "contiguous", "relu", "relu_", "dropout", "native_dropout"),
-            *("lift_fresh", "hardtanh", "hardtanh_", "silu_", "gelu_", "copy_"),
-        )
-    ),
 }
+
+# Marked as pointwise by PyTorch are only some of those that are.
+_POINTWISE = frozenset(
+    (
+        *("clone", "_to_copy", "contiguous", "relu", "relu_", "dropout", "native_dropout"),
+        *("lift_fresh", "hardtanh", "hardtanh_", "silu_", "gelu_", "copy_"),
+    )
+)
 
 
 def _filled(step: Step, sources: Sequence[Tensor]) -> tuple:

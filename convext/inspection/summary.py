@@ -1,17 +1,28 @@
-"""What each layer of a model computes: its output's shape, its parameters, its multiplications."""
+"""What each layer of a model computes: its output, its parameters, its arithmetic, its memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-_COLUMNS = ("layer", "type", "output shape", "weights", "biases", "parameters", "multiplications")
+from convext.inspection.field_rules import fields
+from convext.inspection.receptive_field import zeros_for
+from convext.inspection.table import Table, pair, sizes
+from convext.inspection.tape import record
+
+_COUNTS = ("weights", "biases", "parameters", "multiplications")
+_COLUMNS = ("layer", "type", "output shape", *_COUNTS, "field")
+_WIDE = (
+    *("layer", "type", "output shape", *_COUNTS, "multiply-adds"),
+    *("parameter bytes", "output bytes", "field", "jump"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,14 @@ class LayerRow:
         output_shape: of its first output, batch included.
         weights, biases, parameters: how many numbers it learns, parameters being all of them;
             0 for a call that uses parameters already counted.
-        multiplications: see `summary`.
+        multiplications, multiply_adds: see `summary`.
+        parameter_bytes: of the memory that holds them, at each parameter's own dtype; 0 as above.
+        output_bytes: of the memory of the first output, at its dtype and batch size, whether or
+            not the layer writes it in place.
+        field: the receptive field's (height, width) in pixels; see `receptive_field`. None where
+            arithmetic has no answer, or the input is not (N, C, H, W).
+        jump: pixels from one cell's field to the next one's, (vertical, horizontal); None where
+            the output is not a grid besides.
     """
 
     name: str
@@ -34,6 +52,11 @@ class LayerRow:
     biases: int
     parameters: int
     multiplications: int
+    multiply_adds: int
+    parameter_bytes: int
+    output_bytes: int
+    field: tuple[int, int] | None = None
+    jump: tuple[Fraction, Fraction] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,65 +77,87 @@ class Summary:
         """Multiplications for one image; see `summary`."""
         return sum(row.multiplications for row in self.rows)
 
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one image; see `summary`."""
+        return sum(row.multiply_adds for row in self.rows)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Memory of all parameters, in bytes."""
+        return sum(row.parameter_bytes for row in self.rows)
+
+    @property
+    def output_bytes(self) -> int:
+        """Memory of all outputs together, in bytes: what training keeps, or nearly."""
+        return sum(row.output_bytes for row in self.rows)
+
+    @property
+    def largest_output_bytes(self) -> int:
+        """Memory of the largest output, in bytes."""
+        return max((row.output_bytes for row in self.rows), default=0)
+
+    def table(self, wide: bool = False) -> Table:
+        """What `print` shows; wide, with multiply-adds, memory and jumps besides."""
+        columns = _WIDE if wide else _COLUMNS
+        title = f"{self.model}, input {sizes(self.input_size)}, multiplications per image"
+        if wide:
+            title += f", largest output {self.largest_output_bytes:,} bytes"
+        return Table(
+            title,
+            columns,
+            tuple(tuple(_cell(row, column) for column in columns) for row in self.rows),
+            left=3,
+            total=tuple(self._total(column) for column in columns),
+        )
+
     def __str__(self) -> str:
-        cells = [_COLUMNS, *self._cells(), self._total()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(_COLUMNS))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        ]
-        rule = "-" * max(len(line) for line in lines)
-        return "\n".join([self._title(), "", lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return str(self.table())
 
     def __rich__(self):
-        from rich import box
-        from rich.table import Table
+        return self.table()
 
-        table = Table(title=self._title(), box=box.SIMPLE_HEAD, show_footer=True, title_style="")
-        for column, (name, total) in enumerate(zip(_COLUMNS, self._total(), strict=True)):
-            side = "left" if column < 3 else "right"
-            table.add_column(name, total, justify=side, no_wrap=column > 2)
-        for row in self._cells():
-            table.add_row(*row)
-        return table
+    def _total(self, column: str) -> str:
+        if column in ("type", "output shape", "field", "jump"):
+            return ""
+        if column == "layer":
+            return "total"
+        return f"{sum(getattr(row, _attribute(column)) for row in self.rows):,}"
 
-    def _title(self) -> str:
-        return f"{self.model}, input {_shape(self.input_size)}, multiplications per image"
 
-    def _cells(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                row.name,
-                row.type,
-                _shape(row.output_shape),
-                *(
-                    f"{count:,}" if count else ""
-                    for count in (row.weights, row.biases, row.parameters, row.multiplications)
-                ),
-            )
-            for row in self.rows
-        ]
+def _attribute(column: str) -> str:
+    return column.replace("-", "_").replace(" ", "_")
 
-    def _total(self) -> tuple[str, ...]:
-        weights = sum(row.weights for row in self.rows)
-        biases = sum(row.biases for row in self.rows)
-        totals = (weights, biases, self.parameters, self.multiplications)
-        return ("total", "", "", *(f"{count:,}" for count in totals))
+
+def _cell(row: LayerRow, column: str) -> str:
+    if column in ("layer", "type"):
+        return row.name if column == "layer" else row.type
+    value = getattr(row, _attribute(column))
+    if column in ("output shape", "field"):
+        return sizes(value) if value is not None else ""
+    if column == "jump":
+        return pair(value) if value is not None else ""
+    return f"{value:,}" if value else ""
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
-    """Runs the model once on zeros and records what each layer does.
+    """Runs the model on zeros and records what each layer does.
 
     A layer is a module without submodules, or one with parameters of its own.
 
     Multiplications are counted for one image and the forward pass: one for each use of a
     weight at each output position. For a convolution that is output positions times weights
-    (those that meet padding included), for a linear layer its weights at each position, for a
-    normalisation with gamma one for each number it puts out. Adding a bias multiplies nothing;
-    layers without weights count as 0, and so does a type of layer not named here.
+    (those that meet padding included), for a transposed one input positions times weights, for a
+    linear layer its weights at each position, for a normalisation with gamma one for each number
+    it puts out. Adding a bias multiplies nothing; layers without weights count as 0, and so does
+    a type of layer not named here.
+
+    Multiply-adds (MACs) are those of the multiplications whose products are summed: all of
+    convolutions and linear layers, none of normalisations. They are half of what PyTorch's
+    `FlopCounterMode` counts for one image, which counts products of two activations besides, as
+    in attention. torchinfo's "mult-adds" are those of the batch, count each bias of a
+    convolution at each output position, a transposed convolution's weights at output positions,
+    and all parameters of other layers once an image, wherever and how often they are used.
 
     Args:
         model: any module that takes one float tensor. It is left as it was: same mode, same
@@ -126,15 +171,18 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     if not input_size or any(size < 1 for size in input_size):
         raise ValueError(f"input_size must be sizes of at least 1, got {input_size}")
     rows: list[LayerRow] = []
+    calls: list[str] = []  # the name of the module of each row
     seen: set[int] = set()  # parameters already counted, by identity: layers may share them
     names = {module: name for name, module in model.named_modules()}
 
-    def record(module: nn.Module, inputs: tuple, output: object) -> None:
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
         own = [(n, p) for n, p in module.named_parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for _, p in own)
         biases = sum(p.numel() for n, p in own if "bias" in n)
         parameters = sum(p.numel() for _, p in own)
         out = _first_tensor(output)
+        products = _multiplications(module, _first_tensor(inputs), out)
+        calls.append(names[module])
         rows.append(
             LayerRow(
                 name=names[module] or type(module).__name__,
@@ -143,7 +191,10 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
                 weights=parameters - biases,
                 biases=biases,
                 parameters=parameters,
-                multiplications=_multiplications(module, _first_tensor(inputs), out),
+                multiplications=products,
+                multiply_adds=products if isinstance(module, (_ConvNd, nn.Linear)) else 0,
+                parameter_bytes=sum(p.numel() * p.element_size() for _, p in own),
+                output_bytes=out.numel() * out.element_size(),
             )
         )
 
@@ -153,18 +204,47 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
         if not list(module.children()) or list(module.parameters(recurse=False))
     ]
     modes = {module: module.training for module in names}
-    example = next(model.parameters(), torch.empty(0))
-    hooks = [module.register_forward_hook(record) for module in layers]
+    zeros = zeros_for(model, input_size)
+    hooks = [module.register_forward_hook(note) for module in layers]
     try:
         model.eval()  # so that batch norm's running statistics stay as they are
         with torch.no_grad():
-            model(torch.zeros(input_size, dtype=example.dtype, device=example.device))
+            model(zeros)
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
+    if len(input_size) == 4:
+        rows = _with_fields(model, zeros, rows, calls)
     return Summary(type(model).__name__, input_size, tuple(rows))
+
+
+def _with_fields(
+    model: nn.Module, zeros: torch.Tensor, rows: Sequence[LayerRow], calls: Sequence[str]
+) -> list[LayerRow]:
+    """The rows with their receptive fields, as far as arithmetic has an answer.
+
+    Args:
+        calls: for each row the name of the module that was called.
+    """
+    try:
+        tape = record(model, zeros)
+    except NotImplementedError:  # the model overwrites what it reads, so that there is no tape
+        return list(rows)
+    found = fields(tape)
+    # Calls that do nothing with the input are not on the tape.
+    steps = {
+        name: iter(steps) for name, steps in tape.outputs.items() if len(steps) == calls.count(name)
+    }
+    described = []
+    for row, name in zip(rows, calls, strict=True):
+        index = next(steps[name]) if name in steps else None
+        if index is not None and found[index] is not None:
+            size, jump = found[index].size, found[index].jump(tape.steps[index].value.dim())
+            row = replace(row, field=size, jump=jump)
+        described.append(row)
+    return described
 
 
 def _multiplications(module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> int:
@@ -192,7 +272,3 @@ def _first_tensor(value: object) -> torch.Tensor:
     if isinstance(value, (tuple, list)) and value:
         return _first_tensor(value[0])
     return torch.empty(0)
-
-
-def _shape(sizes: Sequence[int]) -> str:
-    return " x ".join(str(size) for size in sizes)
