@@ -12,8 +12,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from convext.commands import bench, features, filter, matrix, show, trace, train
-from convext.commands import bench, receptive_field, summary, train
+from convext.commands import (
+    bench,
+    features,
+    filter,
+    matrix,
+    receptive_field,
+    show,
+    summary,
+    trace,
+    train,
+)
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.

@@ -225,6 +225,11 @@ GRAPHS = {
         conv(2, 2, 3, 2),
     ),
     "pixel_shuffle": lambda: nn.Sequential(conv(2, 8), nn.PixelShuffle(2), conv(2, 2)),
+    "glu": lambda: nn.Sequential(conv(2, 4), nn.GLU(1), conv(2, 2, groups=2)),
+    "nearest": lambda: nn.Sequential(
+        conv(2, 2), nn.Upsample(scale_factor=(2, 3), mode="nearest-exact"), conv(2, 2, 5, 2)
+    ),
+    "largest": lambda: nn.Sequential(conv(2, 2), nn.AdaptiveMaxPool2d((1, 4)), conv(2, 2, 1)),
     "reflection": lambda: nn.Sequential(conv(2, 2, padding_mode="reflect"), conv(2, 2)),
     "ceil_mode": lambda: nn.Sequential(conv(2, 2), pool(3, 2, ceil_mode=True), conv(2, 2)),
     "adaptive": lambda: nn.Sequential(conv(2, 2), nn.AdaptiveAvgPool2d((6, 4)), conv(2, 2)),
@@ -232,15 +237,18 @@ GRAPHS = {
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_arithmetic_is_what_the_tape_finds_for_every_cell(graph):
+def test_arithmetic_is_what_the_tape_finds_for_each_cell(graph):
     found = receptive_field(GRAPHS[graph](), (1, 2, 12, 16))
     grids = [row for row in found.rows if row.jump is not None]
     assert grids
     assert found.rows[-1] in grids
     *_, height, width = grids[-1].output_shape
     checks = list(found.check())
+    step = 1 if height * width < 300 else 3  # of large grids some, each phase of an enlarged one
     checks += [
-        found._check(grids[-1], (row, column)) for row in range(height) for column in range(width)
+        found._check(grids[-1], (row, column))
+        for row in range(0, height, step)
+        for column in range(0, width, step)
     ]
     assert [check for check in checks if not check.agrees] == []
     wholes = [check for check in checks if check.whole and check.layer == grids[-1].name]

@@ -80,6 +80,88 @@ def test_precedents_are_where_the_gradient_is_through_branches(place):
     assert torch.equal(tape.precedents(last.index, mask)[0], expected)
 
 
+class Function(nn.Module):
+    """Some function of a convolution's output."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+def tokens(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+FUNCTIONS = {
+    "chunk": lambda x: x.chunk(2, 1)[1] * 2,
+    "channel_shuffle": lambda x: F.channel_shuffle(x, 2)[:, :2],
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2)[:, :3],
+    "gate": lambda x: x * torch.sigmoid(F.adaptive_avg_pool2d(x, 1)),
+    "glu": lambda x: F.glu(x, 1),
+    "prelu": lambda x: F.prelu(x, torch.ones(1, dtype=x.dtype)),
+    "activations": lambda x: F.mish(F.elu(F.hardswish(F.silu(x, inplace=True), inplace=True))),
+    "dropout": lambda x: F.dropout2d(F.dropout(x, training=False), training=False),
+    "nearest": lambda x: F.interpolate(x, size=(13, 7)),
+    "nearest-exact": lambda x: F.interpolate(x, size=(13, 7), mode="nearest-exact"),
+    "bilinear": lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
+    "antialias": lambda x: F.interpolate(x, size=(5, 4), mode="bilinear", antialias=True),
+    "area": lambda x: F.interpolate(x, size=(4, 3), mode="area"),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
+    "lp_pool": lambda x: F.lp_pool2d(x, 2, 2),
+    "std": lambda x: x.std((2, 3)),
+    "normalize": lambda x: F.normalize(x, dim=1),
+    "local_response_norm": lambda x: F.local_response_norm(x, 3),
+    "einsum": lambda x: torch.einsum("nchw,ndhw->ncd", x, x[:, 1:]),
+    "unfold": lambda x: F.unfold(x, 3, dilation=2),
+    "fold": lambda x: F.fold(F.unfold(x, 2), (8, 6), 2),
+    "index": lambda x: x[:, [2, 0]][..., [1, 1, 3]],
+    "strides": lambda x: torch.cat([x[..., ::2, 1::2], x[..., 1::2, ::2]], 1),
+    "cumsum": lambda x: x.cumsum(-1),
+    "roll": lambda x: x.roll((1, 2), (2, 3)).flip(-1),
+    "attention": lambda x: F.scaled_dot_product_attention(tokens(x), tokens(x), tokens(x[:, :3])),
+    "added": lambda x: (x * 1).add_(x),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_precedents_are_where_the_gradient_is_through(name):
+    model = positive(Function(FUNCTIONS[name]))
+    x = torch.rand(1, 2, 8, 6, dtype=torch.float64) + 1
+    tape = record(model, x)
+    last = tape.find("")
+    for place in range(0, last.value.numel(), 1 + last.value.numel() // 5):
+        mask = torch.zeros(last.value.shape, dtype=torch.bool)
+        mask.view(-1)[place] = True
+        expected = gradient_support(model, x, tuple(mask.nonzero()[0]))
+        assert torch.equal(tape.precedents(last.index, mask)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["attention", "encoder"])
+def test_attention_layers_read_all_tokens(kind):
+    if kind == "attention":
+        layer = nn.MultiheadAttention(4, 2, batch_first=True)
+        model = Function(lambda x: layer(tokens(x), tokens(x), tokens(x))[0])
+    else:
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        model = Function(lambda x: layer(tokens(x)))
+    model.layer = layer  # so that it is put into evaluation mode, too
+    tape = record(model, torch.rand(1, 2, 8, 6))
+    mask = torch.zeros(tape.find("").value.shape, dtype=torch.bool)
+    mask[0, 5, 1] = True
+    assert bool(tape.precedents(tape.find("").index, mask)[0].all())
+
+
+def test_cells_that_the_input_itself_picks_are_no_matter_of_shapes():
+    tape = record(Function(lambda x: x[:, :, x[0, 0].argmax(1)]), torch.rand(1, 2, 4, 4))
+    last = tape.find("")
+    with pytest.raises(NotImplementedError, match=r"index: which cells aten\.index.* to say"):
+        tape.precedents(last.index, torch.ones(last.value.shape, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("model", [lesson_cnn(), Branches()], ids=["lesson", "branches"])
 def test_dependents_and_precedents_are_each_others_converse(model):
     x = torch.rand(1, 1, 28, 28) if isinstance(model, nn.Sequential) else torch.rand(1, 3, 9, 8)

@@ -32,7 +32,9 @@ def plot_fields(
     handles = []
     for number, (label, (top, bottom), (left, right)) in enumerate(boxes):
         color = COLORS[number % len(COLORS)]
-        axes.add_patch(_rectangle(top, bottom, left, right, edgecolor=color, linewidth=2.2))
+        # The smaller ones above, so that a shared edge hides no whole box.
+        style = {"edgecolor": color, "linewidth": 2.2, "zorder": 3 + len(boxes) - number}
+        axes.add_patch(_rectangle(top, bottom, left, right, **style))
         handles.append(Patch(facecolor="none", edgecolor=color, linewidth=2.2, label=label))
     handles.append(Patch(facecolor="white", edgecolor="#999999", label=f"image {height} x {width}"))
     handles.append(Patch(facecolor=BEYOND, edgecolor=BEYOND, label="beyond the image"))

@@ -118,12 +118,13 @@ def _pool(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
 
 
 def _adaptive_pool(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
-    """Equal windows side by side, where the sizes divide."""
+    """Equal windows side by side, where the sizes divide; one is all there is."""
     ratios = [size / out for size, out in zip(shape[-2:], step.value.shape[-2:], strict=True)]
     if any(ratio != int(ratio) for ratio in ratios):
         raise UnknownFieldsError
     moves = [lambda axis, k=int(ratio): axis.window(k, k, 0, 1) for ratio in ratios]
-    return _moved(source, step, moves)
+    single = {dim for dim in (-2, -1) if step.value.shape[dim] == 1}
+    return _moved(gathered(source, {len(shape) + dim for dim in single}), step, moves)
 
 
 def _upsample(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
@@ -134,7 +135,7 @@ def _upsample(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
 
     def larger(factor: int) -> Callable[[Axis], Axis]:
         def taps(cell: int) -> set[int]:
-            if step.kind == "upsample_nearest2d":
+            if step.kind != "upsample_bilinear2d":
                 return {0}
             # Its centre in the smaller grid is (cell + 1/2) / factor - 1/2, between two cells.
             centre = 2 * cell + 1 - factor
@@ -292,6 +293,14 @@ def _layer_norm(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
     return gathered(source, set(range(len(shape) - normalized, len(shape))))
 
 
+def _gated(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
+    """One half of the channels times a function of the other."""
+    dim = step.named_arguments()["dim"] % len(shape)
+    if dim in {place.dim for place in source.places} or not source.uniform:
+        raise UnknownFieldsError
+    return source
+
+
 def _group_norm(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
     if not source.uniform:
         raise UnknownFieldsError
@@ -353,7 +362,9 @@ _RULES: dict[Callable[[Step, Fields, Sequence[int]], Fields], frozenset[str]] = 
     ),
     _pool: frozenset(("max_pool2d_with_indices", "max_pool2d", "avg_pool2d")),
     _adaptive_pool: frozenset(("_adaptive_avg_pool2d", "adaptive_max_pool2d")),
-    _upsample: frozenset(("upsample_nearest2d", "upsample_bilinear2d")),
+    _upsample: frozenset(
+        ("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d")
+    ),
     _pixel_shuffle: frozenset(("pixel_shuffle",)),
     _pad: frozenset(("constant_pad_nd", "reflection_pad2d", "replication_pad2d")),
     _batch_norm: frozenset(
@@ -364,13 +375,19 @@ _RULES: dict[Callable[[Step, Fields, Sequence[int]], Fields], frozenset[str]] = 
     ),
     _layer_norm: frozenset(("native_layer_norm",)),
     _group_norm: frozenset(("native_group_norm",)),
-    _softmax: frozenset(("_softmax", "_log_softmax")),
-    _reduction: frozenset(("mean", "sum", "amax", "amin", "max", "min", "logsumexp")),
+    _softmax: frozenset(("_softmax", "_log_softmax", "_safe_softmax")),
+    _reduction: frozenset(
+        (
+            *("mean", "sum", "amax", "amin", "max", "min", "logsumexp"),
+            *("std", "var", "linalg_vector_norm"),
+        )
+    ),
+    _gated: frozenset(("glu",)),
     _slice: frozenset(("slice", "select", "split", "split_with_sizes", "unbind")),
     _view: frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze")),
     _permuted: frozenset(("permute", "transpose", "t")),
     _expand: frozenset(("expand",)),
-    _same: frozenset(("alias", "detach")),
+    _same: frozenset(("alias", "detach", "channel_shuffle")),
 }
 
 

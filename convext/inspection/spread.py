@@ -47,7 +47,7 @@ def _pointwise(step: Step, *sources: Tensor) -> Tensor:
 
 
 def _movement(step: Step, *sources: Tensor) -> Tensor:
-    """The operation itself moves cells about, and does no more."""
+    """The operation itself: it moves cells about, or adds them up with positive weights."""
     output = step.op(*_filled(step, sources), **step.options)
     return output[step.part] if isinstance(output, (tuple, list)) else output
 
@@ -122,6 +122,32 @@ def _group_norm(step: Step, source: Tensor) -> Tensor:
     return groups.sum(2, keepdim=True).expand(groups.shape).reshape(source.shape)
 
 
+def _gated(step: Step, source: Tensor) -> Tensor:
+    """One half times a function of the other."""
+    return sum(source.chunk(2, step.named_arguments()["dim"]))
+
+
+def _indexed(step: Step, *sources: Tensor) -> Tensor:
+    """Cells picked by numbers, which do not come from the input themselves."""
+    if isinstance(step.arguments[0], Ref) and len(step.inputs) == 1:
+        return _movement(step, *sources)
+    raise NotImplementedError(f"{step.name}: which cells {step.op} reads is for its input to say")
+
+
+def _attention(step: Step, *sources: Tensor) -> Tensor:
+    """A query, all keys, and one channel of all values; up to its own place if causal."""
+    arguments = step.named_arguments()
+    if arguments["is_causal"] or arguments.get("attn_mask") is not None:
+        raise NotImplementedError(f"{step.name}: which cells a masked attention reads")
+    query, key, value = (
+        filled if isinstance(argument, Ref) else torch.zeros_like(filled)
+        for argument, filled in zip(step.arguments[:3], _filled(step, sources), strict=False)
+    )
+    return (
+        query.sum(-1, keepdim=True) + key.sum((-2, -1), keepdim=True) + value.sum(-2, keepdim=True)
+    )
+
+
 def _product(step: Step, *sources: Tensor) -> Tensor:
     """A matrix product: a row of the first, a column of the second factor; a bias by itself."""
     names = [a.name for a in step.op._schema.arguments]
@@ -154,8 +180,16 @@ _RULES: dict[Spread, frozenset[str]] = {
     ),
     _layer_norm: frozenset(("native_layer_norm",)),
     _group_norm: frozenset(("native_group_norm",)),
-    _softmax: frozenset(("_softmax", "_log_softmax", "cumsum")),
-    _reduction: frozenset(("mean", "sum", "amax", "amin", "max", "min", "logsumexp")),
+    _softmax: frozenset(("_softmax", "_log_softmax", "_safe_softmax")),
+    _reduction: frozenset(
+        (
+            *("mean", "sum", "amax", "amin", "max", "min", "logsumexp"),
+            *("std", "var", "linalg_vector_norm"),
+        )
+    ),
+    _gated: frozenset(("glu",)),
+    _indexed: frozenset(("index", "gather", "index_select")),
+    _attention: frozenset(("_scaled_dot_product_flash_attention_for_cpu",)),
     _product: frozenset(("mm", "addmm", "bmm", "baddbmm", "mv")),
     _movement: frozenset(
         (
@@ -163,8 +197,10 @@ _RULES: dict[Spread, frozenset[str]] = {
             *("squeeze", "unsqueeze", "expand", "slice", "select", "narrow", "as_strided"),
             *("cat", "stack", "split", "split_with_sizes", "unbind", "chunk", "repeat", "roll"),
             *("flip", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"),
-            *("upsample_nearest2d", "upsample_bilinear2d", "pixel_shuffle", "pixel_unshuffle"),
-            *("alias", "detach", "unfold", "diagonal"),
+            *("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d"),
+            *("_upsample_bilinear2d_aa", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+            *("alias", "detach", "unfold", "diagonal", "im2col", "col2im", "cumsum"),
+            *("avg_pool3d", "reflection_pad1d", "replication_pad1d"),
         )
     ),
 }
@@ -173,19 +209,22 @@ _RULES: dict[Spread, frozenset[str]] = {
 _POINTWISE = frozenset(
     (
         *("clone", "_to_copy", "contiguous", "relu", "relu_", "dropout", "native_dropout"),
-        *("lift_fresh", "hardtanh", "hardtanh_", "silu_", "gelu_", "copy_"),
+        *("_prelu_kernel", "lift_fresh", "hardtanh", "hardtanh_", "silu_", "gelu_", "copy_"),
+        *("mish_", "hardswish", "hardswish_", "threshold_", "log_sigmoid_forward"),
     )
 )
 
 
 def _filled(step: Step, sources: Sequence[Tensor]) -> tuple:
-    """The arguments with the sources in their places, and zeros for constants."""
+    """The arguments with the sources in their places, and zeros for constants but indices."""
     by_step = dict(zip(dict.fromkeys(step.inputs), sources, strict=True))
 
     def fill(leaf: object) -> object:
         if isinstance(leaf, Ref):
             return by_step[leaf.step]
         if isinstance(leaf, Tensor):
+            if not leaf.is_floating_point():
+                return leaf.cpu()
             return torch.zeros_like(leaf, dtype=torch.float64, device="cpu")
         return leaf
 
