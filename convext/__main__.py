@@ -50,14 +50,14 @@ class _Parser(argparse.ArgumentParser):
 
 COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     train.add,
-    trace.add,
     bench.add,
+    summary.add,
+    receptive_field.add,
     matrix.add,
     filter.add,
+    trace.add,
     show.add,
     features.add,
-    receptive_field.add,
-    summary.add,
 )
 
 

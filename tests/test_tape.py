@@ -123,6 +123,7 @@ FUNCTIONS = {
     "cumsum": lambda x: x.cumsum(-1),
     "roll": lambda x: x.roll((1, 2), (2, 3)).flip(-1),
     "attention": lambda x: F.scaled_dot_product_attention(tokens(x), tokens(x), tokens(x[:, :3])),
+    "circular": lambda x: F.pad(x, (1, 0, 2, 3), mode="circular"),
     "added": lambda x: (x * 1).add_(x),
 }
 
@@ -186,6 +187,14 @@ def test_values_are_those_of_each_moment():
     assert torch.equal(tape.find("conv").value, model.conv(x))
     assert (tape.find("norm").value < 0).any()  # not what the ReLU in place made of it
     assert torch.equal(tape.find("").value, model(x))
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d, convext.Conv2d], ids=["torch", "convext"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_values_are_those_of_the_model_in_every_padding_mode(conv, mode):
+    layer = conv(2, 3, (3, 5), padding=(1, 2), padding_mode=mode)
+    x = torch.randn(2, 2, 7, 6)
+    assert torch.equal(record(layer, x).find("").value, layer(x))
 
 
 def test_names_are_unique_and_tell_the_layer():

@@ -8,17 +8,18 @@ from convext.inspection.conv_matrix import ConvMatrix, conv_matrix
 from convext.inspection.filter_plot import plot_filters
 from convext.inspection.page import write_page
 from convext.inspection.precedents import LayerCells, Trace, dependents, precedents
+from convext.inspection.receptive_field import (
+    FieldCheck,
+    FieldRow,
+    ReceptiveFields,
+    receptive_field,
+)
 from convext.inspection.show import (
     Activations,
     LayerFilters,
     LayerMaps,
     show_activations,
     show_filters,
-from convext.inspection.receptive_field import (
-    FieldCheck,
-    FieldRow,
-    ReceptiveFields,
-    receptive_field,
 )
 from convext.inspection.summary import LayerRow, Summary, summary
 from convext.inspection.terms import Read, Terms
@@ -27,11 +28,14 @@ from convext.inspection.workbook import write_workbook
 __all__ = [
     "Activations",
     "ConvMatrix",
+    "FieldCheck",
+    "FieldRow",
     "LayerCells",
     "LayerFilters",
     "LayerMaps",
     "LayerRow",
     "Read",
+    "ReceptiveFields",
     "Summary",
     "Terms",
     "Trace",
@@ -41,16 +45,10 @@ __all__ = [
     "filters",
     "plot_filters",
     "precedents",
+    "receptive_field",
     "show_activations",
     "show_filters",
     "summary",
     "write_page",
     "write_workbook",
-    "FieldCheck",
-    "FieldRow",
-    "LayerRow",
-    "ReceptiveFields",
-    "Summary",
-    "receptive_field",
-    "summary",
 ]

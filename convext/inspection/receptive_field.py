@@ -236,7 +236,8 @@ def receptive_field(model: nn.Module, input_size: Sequence[int]) -> ReceptiveFie
     the pixels that the tape finds. Where arithmetic has no answer, as for attention or branches
     whose jumps differ, a row has what the tape finds for one cell and says so.
 
-    There is a row for each operation that gave a module's output, the model's own included.
+    There is a row for each operation that gave a module's output, the model's own included. Pixels
+    that a layer's padding reflects or repeats count as padding.
 
     Args:
         model: any module that takes one image tensor. It is left as it was: same mode, same

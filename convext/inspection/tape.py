@@ -12,13 +12,16 @@ pooling. A set of cells is a mask; the map carries it forwards, and its transpos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convext.inspection.spread import spread
@@ -140,7 +143,7 @@ def record(model: nn.Module, input: Tensor) -> Tape:
     """
     with _evaluating(model), torch.no_grad():
         recorder = _Recorder(model, input.detach().clone())
-        with recorder.watching():
+        with recorder.watching(), _CircularPadding():
             model(recorder.input)
     return Tape(tuple(recorder.named_steps()), recorder.outputs)
 
@@ -259,6 +262,32 @@ class _Recorder(TorchDispatchMode):
         for key, (tensor, _) in self._source.items():
             if tensor is not overwritten and tensor.untyped_storage().data_ptr() == storage:
                 self._source[key] = (tensor, _OVERWRITTEN)
+
+
+class _CircularPadding(TorchFunctionMode):
+    """Pads by joining slices, where `F.pad` overwrites views of an empty tensor."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is F.pad:
+            bound = _PAD.bind(*arguments, **options)
+            if bound.arguments.get("mode") == "circular" and min(bound.arguments["pad"]) >= 0:
+                return _wrapped(bound.arguments["input"], bound.arguments["pad"])
+        return function(*arguments, **options)
+
+
+_PAD = inspect.signature(F.pad)
+
+
+def _wrapped(input: Tensor, pad: Sequence[int]) -> Tensor:
+    for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        dim = input.dim() - 1 - number
+        end, start = (
+            input.narrow(dim, input.shape[dim] - before, before),
+            input.narrow(dim, 0, after),
+        )
+        input = torch.cat([end, input, start], dim)
+    return input
 
 
 def _replace(tree: object, of_leaf) -> Any:
