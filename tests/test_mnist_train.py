@@ -184,7 +184,7 @@ def test_output_in_order_and_nothing_of_lightnings(run, tmp_path, capfd):
         r"^data +digits: 1,438 images to train on, 359 to validate with",
         r"^layers +torch",
         r"^training +2 epochs of 22 batches of 64, learning rate up to 0.06, seed 0, 1 thread$",
-        r"^conv2 +Conv2d +1 x 16 x 7 x 7 +1,152 +16 +1,168 +56,448$",
+        r"^conv2 +Conv2d +1 x 16 x 7 x 7 +1,152 +16 +1,168 +56,448 +9 x 9$",
         r"^epoch +accuracy +valid loss +train loss +time$",
         r"^ +1( +\d+\.\d+%)( +\d+\.\d{4}){2} +\d+\.\d\d s$",
         r"^ +2( +\d+\.\d+%)( +\d+\.\d{4}){2} +\d+\.\d\d s$",

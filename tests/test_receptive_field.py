@@ -371,6 +371,8 @@ def test_bad_layers_and_cells():
     found = receptive_field(lesson_cnn("torch"), (1, 1, 28, 28))
     with pytest.raises(ValueError, match="layer must be one of input, conv1"):
         found.field_of("conv9", 0, 0)
+    with pytest.raises(ValueError, match=r"layer must be one of conv1, .*, got 'input'"):
+        found.row("input")
     with pytest.raises(ValueError, match=r"conv1 must be 0 to 13 and 0 to 13, got \(14, 0\)"):
         found.field_of("conv1", 14, 0)
     with pytest.raises(ValueError, match=r"cell of conv1 must be .*, got \(1,\)"):
@@ -396,7 +398,7 @@ def test_the_table_as_text_and_by_rich():
 def test_the_picture_has_a_box_for_each_new_field():
     found = receptive_field(conv_example(), (1, 1, 28, 28))
     figure = found.plot("pool", (2, 5))
-    (axes,) = figure.axes
+    axes, _ = figure.axes
     image, *boxes = axes.patches
     edges = [(b.get_x(), b.get_y(), b.get_width(), b.get_height()) for b in boxes]
     assert (image.get_width(), image.get_height()) == (28, 28)
@@ -404,6 +406,21 @@ def test_the_picture_has_a_box_for_each_new_field():
     assert [edge[2:] for edge in edges] == [(3, 3), (5, 5), (6, 6)]
     assert edges[-1] == (9.5, 3.5, 6, 6)
     assert "pool[2, 5]" in axes.get_title()
+
+
+def test_the_picture_of_a_deep_network_has_as_many_boxes_as_colors():
+    found = receptive_field(resnet_v1(3, 4, 6, 3), (1, 1, 96, 64))
+    figure = found.plot()
+    axes, key = figure.axes
+    figure.canvas.draw()
+    drawn = axes.get_tightbbox()
+    assert min(drawn.min) >= 0  # nothing is cut
+    assert (drawn.max <= figure.bbox.max).all()
+    sizes = [box.get_width() for box in axes.patches[1:]]
+    assert len(sizes) == 8
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == 483
+    assert key.get_legend().get_texts()[7].get_text() == "18.relu[1, 1]: 483 x 483, jump 32"
 
 
 def test_the_command(capsys, tmp_path):

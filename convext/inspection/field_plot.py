@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from convext.inspection.drawing import COLORS, new_figure
+from convext.inspection.receptive_field import ReceptiveFields, cell_mask, enclosing
 from convext.inspection.table import pair, sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import nn
-
-    from convext.inspection.receptive_field import ReceptiveFields
 
 BEYOND = "#e4e4e4"  # where padding stands for pixels
 
@@ -26,8 +26,7 @@ def plot_fields(
     name, cell = found.grid_cell(layer, cell)
     boxes = _boxes(found, name, cell)
     height, width = found.input_size[2:]
-    figure, axes = new_figure(size=(7.6, 5))
-    axes = axes[0, 0]
+    figure, ((axes, key),) = new_figure(1, 2, size=(9.4, 4.8))
     _draw_image(axes, height, width)
     handles = []
     for number, (label, (top, bottom), (left, right)) in enumerate(boxes):
@@ -47,31 +46,37 @@ def plot_fields(
     axes.set_xlabel("column of pixels")
     axes.set_ylabel("row of pixels")
     axes.set_title(f"{found.model}: what {name}[{cell[0]}, {cell[1]}] depends on", fontsize=10)
-    axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, frameon=False
-    )
+    axes.set_anchor("E")
+    # The layout is made before pixels are made square, which takes a little more room.
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    key.legend(handles=handles, loc="upper left", borderaxespad=0, fontsize=9, frameon=False)
+    key.set_axis_off()
     return figure
 
 
 def _boxes(found: ReceptiveFields, name: str, cell: tuple[int, int]) -> list:
     """(label, (top, bottom), (left, right)) of each new field, in pixels, smallest first."""
-    from convext.inspection.receptive_field import _mask, _rectangle
-
     last = found.tape.find(name)
-    reached = found.tape.precedents(last.index, _mask(last, cell))
+    reached = found.tape.precedents(last.index, cell_mask(last, cell))
     boxes: dict[tuple, str] = {}
     for row in found.rows:
         step = found.tape.find(row.name)
         mask = reached.get(step.index)
         if row.jump is None or len(row.output_shape) != 4 or mask is None or not mask.any():
             continue
-        middle = [(side.start + side.stop - 1) // 2 for side in _rectangle(mask)]
+        middle = [(side.start + side.stop - 1) // 2 for side in enclosing(mask)]
         places = found.places[step.index].places
         box = tuple((p.axis.low(i), p.axis.high(i)) for p, i in zip(places, middle, strict=True))
-        if box not in boxes:  # those of a ReLU are those of the convolution before it
+        if inf in (box[0][0], box[1][0]):
+            continue  # it reads nothing
+        if box not in boxes or row.name == name:  # a ReLU's is that of the convolution before it
             jump = f"jump {pair(row.jump)}"
             boxes[box] = f"{row.name}[{middle[0]}, {middle[1]}]: {sizes(row.size)}, {jump}"
-    return [(label, *box) for box, label in boxes.items()]
+    found_boxes = [(label, *box) for box, label in boxes.items()]
+    found_boxes.sort(key=lambda box: (box[1][1] - box[1][0], box[2][1] - box[2][0]))
+    # As many as there are colours, spread evenly, the cell's own among them.
+    shown = min(len(found_boxes), len(COLORS))
+    return [found_boxes[(i + 1) * len(found_boxes) // shown - 1] for i in range(shown)]
 
 
 def _draw_image(axes: Axes, height: int, width: int) -> None:

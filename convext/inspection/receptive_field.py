@@ -118,7 +118,8 @@ class ReceptiveFields:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise ValueError(f"layer must be one of {', '.join(r.name for r in self.rows)}")
+        names = ", ".join(row.name for row in self.rows)
+        raise ValueError(f"layer must be one of {names}, got {layer!r}")
 
     def field_of(self, layer: str | nn.Module, *cell: int) -> tuple[range, range]:
         """The rows and columns of the image around the pixels that one cell depends on.
@@ -136,8 +137,8 @@ class ReceptiveFields:
             NotImplementedError: an operation on the way is not known.
         """
         step = self.tape.find(layer)
-        mask = _mask(step, cell)
-        return _rectangle(self.tape.precedents(step.index, mask)[0])
+        mask = cell_mask(step, cell)
+        return enclosing(self.tape.precedents(step.index, mask)[0])
 
     def grid_cell(
         self, layer: str | nn.Module | None = None, cell: Pair | None = None
@@ -158,7 +159,7 @@ class ReceptiveFields:
         step = self.tape.find(name)
         if cell is None:
             cell = tuple(size // 2 for size in step.value.shape[2:])
-        _mask(step, cell)
+        cell_mask(step, cell)
         return name, tuple(cell)
 
     def check(self, layer: str | nn.Module | None = None) -> tuple[FieldCheck, ...]:
@@ -195,8 +196,8 @@ class ReceptiveFields:
     def plot(self, layer: str | nn.Module | None = None, cell: Pair | None = None) -> Figure:
         """A picture: the image's pixels, and around them the fields on the way to one cell.
 
-        For every layer before it that has a grid, it shows the field of the cell in the middle of
-        those that the cell depends on. What lies beyond the image is padding.
+        For the layers before it that have a grid, eight of them at most, it shows the field of the
+        cell in the middle of those that the cell depends on. What lies beyond the image is padding.
 
         Args:
             layer: with a grid as output; the last such one by default.
@@ -307,10 +308,10 @@ def _measured(tape: Tape, step: Step) -> tuple[Pair | None, str]:
         found = tape.precedents(step.index, mask)
     except NotImplementedError:
         return None, ""
-    return tuple(len(side) for side in _rectangle(found[0])), "tape"
+    return tuple(len(side) for side in enclosing(found[0])), "tape"
 
 
-def _mask(step: Step, cell: Sequence[int]) -> Tensor:
+def cell_mask(step: Step, cell: Sequence[int]) -> Tensor:
     """Of one cell of the first image; in a grid with all channels."""
     mask = torch.zeros(step.value.shape, dtype=torch.bool)
     part = mask[0].movedim(0, -1) if mask.dim() == 4 else mask[0]
@@ -323,7 +324,7 @@ def _mask(step: Step, cell: Sequence[int]) -> Tensor:
     return mask
 
 
-def _rectangle(mask: Tensor) -> tuple[range, range]:
+def enclosing(mask: Tensor) -> tuple[range, range]:
     """Rows and columns around the cells of the first image, (N, C, H, W)."""
     grid = mask[0].any(0)
     sides = [grid.any(dim).nonzero() for dim in (1, 0)]
