@@ -155,12 +155,17 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 def load_digit(args: argparse.Namespace) -> torch.Tensor:
     """The digit that the options of `add_digit` name: (1, 1, 28, 28), float32 in [0, 1].
 
+    Where MNIST can't be had, a line on stderr says so.
+
     Raises:
         UserError: a number that there is not, or data that can't be had.
     """
     from convext.mnist.data import load_data
 
-    images = load_data("auto", args.data_dir).valid.images
+    dataset = load_data("auto", args.data_dir)
+    if dataset.note:
+        print(dataset.note, file=sys.stderr)
+    images = dataset.valid.images
     if not 0 <= args.digit < len(images):
         raise UserError(f"--digit must be from 0 to {len(images) - 1}, got {args.digit}")
     return images[args.digit : args.digit + 1]
