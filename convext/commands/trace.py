@@ -95,10 +95,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _step(tape: Tape, args: argparse.Namespace) -> Step:
-    from convext.inspection.terms import CONVOLUTIONS
+    from convext.inspection.kinds import CONV_BLOCKS, CONVOLUTIONS
 
     if args.layer is None and not args.dependents:
-        convolutions = [step for step in tape.steps if step.kind in CONVOLUTIONS]
+        convolutions = [step for step in tape.steps if step.kind in CONVOLUTIONS + CONV_BLOCKS]
         if not convolutions:
             raise UserError(f"MODEL {args.model} has no convolution: say by --layer which cell")
         return convolutions[-1]

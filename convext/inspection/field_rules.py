@@ -14,6 +14,7 @@ from operator import mul
 
 from torch import Tensor
 
+from convext.inspection import kinds
 from convext.inspection.field_axis import Axis
 from convext.inspection.field_place import (
     Fields,
@@ -49,12 +50,12 @@ _Inputs = dict[int, tuple[Fields, Sequence[int]]]
 
 
 def _after(step: Step, inputs: _Inputs) -> Fields:
-    if step.kind in ("mm", "addmm", "bmm", "baddbmm", "mv"):
+    if step.kind in kinds.PRODUCTS:
         return _product(step, inputs)
     if step.kind in ("cat", "stack"):
         return _joined(step, inputs)
-    for rule, kinds in _RULES.items():
-        if step.kind in kinds:
+    for rule, its_kinds in _RULES.items():
+        if step.kind in its_kinds:
             ((source, shape),) = inputs.values()
             return rule(step, source, tuple(shape))
     if is_pointwise(step):
@@ -283,7 +284,7 @@ def _softmax(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
 
 def _batch_norm(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
     """With running statistics each cell by itself, else with all of its channel."""
-    if not step.named_arguments().get("training", step.kind == "batch_norm_train"):
+    if not kinds.takes_batch_statistics(step):
         return source
     return gathered(source, set(range(len(shape))) - {1})
 
@@ -357,31 +358,19 @@ def _same(step: Step, source: Fields, shape: Sequence[int]) -> Fields:
 
 
 _RULES: dict[Callable[[Step, Fields, Sequence[int]], Fields], frozenset[str]] = {
-    _convolution: frozenset(
-        ("convolution", "_convolution", "conv2d", "conv_block_eval", "mkldnn_convolution")
-    ),
-    _pool: frozenset(("max_pool2d_with_indices", "max_pool2d", "avg_pool2d")),
-    _adaptive_pool: frozenset(("_adaptive_avg_pool2d", "adaptive_max_pool2d")),
+    _convolution: frozenset(kinds.CONVOLUTIONS + kinds.CONV_BLOCKS),
+    _pool: frozenset(kinds.MAX_POOLS + kinds.MEAN_POOLS),
+    _adaptive_pool: frozenset(kinds.ADAPTIVE_POOLS),
     _upsample: frozenset(
         ("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d")
     ),
     _pixel_shuffle: frozenset(("pixel_shuffle",)),
     _pad: frozenset(("constant_pad_nd", "reflection_pad2d", "replication_pad2d")),
-    _batch_norm: frozenset(
-        (
-            *("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"),
-            *("_native_batch_norm_legit_no_training", "batch_norm_eval", "batch_norm_train"),
-        )
-    ),
-    _layer_norm: frozenset(("native_layer_norm",)),
-    _group_norm: frozenset(("native_group_norm",)),
-    _softmax: frozenset(("_softmax", "_log_softmax", "_safe_softmax")),
-    _reduction: frozenset(
-        (
-            *("mean", "sum", "amax", "amin", "max", "min", "logsumexp"),
-            *("std", "var", "linalg_vector_norm"),
-        )
-    ),
+    _batch_norm: frozenset(kinds.BATCH_NORMS),
+    _layer_norm: frozenset(kinds.LAYER_NORMS),
+    _group_norm: frozenset(kinds.GROUP_NORMS),
+    _softmax: frozenset(kinds.SOFTMAXES),
+    _reduction: frozenset(kinds.REDUCTIONS),
     _gated: frozenset(("glu",)),
     _slice: frozenset(("slice", "select", "split", "split_with_sizes", "unbind")),
     _view: frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze")),

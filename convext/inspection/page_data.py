@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convext.inspection import kinds
 from convext.inspection.spread import spread
 from convext.inspection.step import Ref, Step, leaves
 from convext.inspection.tape import Tape
@@ -23,9 +24,6 @@ from convext.inspection.tape import Tape
 MAX_NUMBERS = 2_000_000  # of activations and weights, and of cells listed: some 10 MB of each
 MAX_PAIRS = 50_000_000  # of output and input cells that are tried against each other
 
-_CONVOLUTIONS = ("convolution", "conv2d")
-_MAX_POOLS = ("max_pool2d_with_indices", "max_pool2d")
-_NORMS = ("native_batch_norm", "batch_norm_eval", "_native_batch_norm_legit_no_training")
 _SAME_NUMBERS = ("clone", "_to_copy", "contiguous", "alias", "detach", "view", "_unsafe_view")
 _COPIED = "The same numbers, laid out anew."
 
@@ -74,8 +72,8 @@ def _rule(step: Step, sources: Sequence[Step]) -> tuple[dict[str, Any], str]:
     if step.op is None:
         return {"name": "input"}, "What the network is given."
     a = step.named_arguments()
-    for kinds, rule in _RULES.items():
-        found = rule(step, a) if step.kind in kinds else None
+    for its_kinds, rule in _RULES.items():
+        found = rule(step, a) if step.kind in its_kinds else None
         if found is not None:
             return found
     alike = all(source.value.shape == step.value.shape for source in sources)
@@ -128,7 +126,7 @@ def _pool(
 
 def _batch_norm(step: Step, a: dict[str, Any]) -> tuple[dict[str, Any], str] | None:
     mean, var = a.get("mean", a.get("running_mean")), a.get("var", a.get("running_var"))
-    if a.get("training", False) or not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+    if kinds.takes_batch_statistics(step) or not isinstance(mean, Tensor):
         return None
     rule = {"name": "norm", "eps": a["eps"], "mean": _array(mean), "var": _array(var)}
     for name, argument in (("gamma", "weight"), ("beta", "bias")):
@@ -164,10 +162,10 @@ def _plain(name: str, about: str):
 
 
 _RULES = {
-    _CONVOLUTIONS: _convolution,
-    _MAX_POOLS: _max_pool,
-    ("avg_pool2d",): _mean_pool,
-    _NORMS: _batch_norm,
+    kinds.CONVOLUTIONS: _convolution,
+    kinds.MAX_POOLS: _max_pool,
+    kinds.MEAN_POOLS: _mean_pool,
+    kinds.BATCH_NORMS: _batch_norm,
     ("addmm", "mm"): _linear,
     ("_softmax", "_log_softmax"): _softmax,
     ("relu", "relu_"): _plain("relu", "Numbers below 0 become 0; the others stay."),

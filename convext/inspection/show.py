@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from convext.inspection import show_plot
+from convext.inspection.kinds import CONV_BLOCKS, CONVOLUTIONS
 from convext.inspection.tape import record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONVOLUTIONS = frozenset(("conv2d", "convolution", "_convolution", "conv_block_eval"))
 ACTIVATIONS = frozenset(
     (
         *("relu", "relu_", "leaky_relu", "leaky_relu_", "_prelu_kernel", "elu", "elu_"),
@@ -119,7 +119,7 @@ class LayerMaps:
     @property
     def is_convolution(self) -> bool:
         """Whether the operation is one."""
-        return self.operation in CONVOLUTIONS
+        return self.operation in CONVOLUTIONS + CONV_BLOCKS
 
     def __str__(self) -> str:
         channels, *size = self.values.shape[1:]
@@ -247,7 +247,7 @@ def show_activations(
         steps = [
             step
             for step in tape.steps
-            if step.kind in CONVOLUTIONS | ACTIVATIONS and step.value.dim() == 4
+            if step.kind in ACTIVATIONS.union(CONVOLUTIONS, CONV_BLOCKS) and step.value.dim() == 4
         ]
         if not steps:
             raise ValueError(f"model must have a convolution, got {type(model).__name__} with none")

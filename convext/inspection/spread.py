@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import convext
+from convext.inspection import kinds
 from convext.inspection.step import Ref, Step
 
 Spread = Callable[..., Tensor]
@@ -27,8 +28,8 @@ def spread(step: Step) -> Spread:
     """
     if is_pointwise(step):
         return lambda *sources: _pointwise(step, *sources)
-    for rule, kinds in _RULES.items():
-        if step.kind in kinds:
+    for rule, its_kinds in _RULES.items():
+        if step.kind in its_kinds:
             return lambda *sources: rule(step, *sources)
     raise NotImplementedError(
         f"{step.name}: which cells {step.op} reads is not known here; "
@@ -106,7 +107,7 @@ def _softmax(step: Step, source: Tensor) -> Tensor:
 
 def _batch_norm(step: Step, source: Tensor) -> Tensor:
     """With running statistics each cell by itself, else with all of its channel."""
-    if not step.named_arguments().get("training", step.kind == "batch_norm_train"):
+    if not kinds.takes_batch_statistics(step):
         return source
     axes = [axis for axis in range(source.dim()) if axis != 1]
     return source.sum(axes, keepdim=True).expand(source.shape)
@@ -167,30 +168,18 @@ def _product(step: Step, *sources: Tensor) -> Tensor:
 
 
 _RULES: dict[Spread, frozenset[str]] = {
-    _convolution: frozenset(
-        ("convolution", "_convolution", "conv2d", "conv_block_eval", "mkldnn_convolution")
-    ),
-    _pool: frozenset(("max_pool2d_with_indices", "max_pool2d", "avg_pool2d")),
-    _adaptive_pool: frozenset(("_adaptive_avg_pool2d", "adaptive_max_pool2d")),
-    _batch_norm: frozenset(
-        (
-            *("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"),
-            *("_native_batch_norm_legit_no_training", "batch_norm_eval", "batch_norm_train"),
-        )
-    ),
-    _layer_norm: frozenset(("native_layer_norm",)),
-    _group_norm: frozenset(("native_group_norm",)),
-    _softmax: frozenset(("_softmax", "_log_softmax", "_safe_softmax")),
-    _reduction: frozenset(
-        (
-            *("mean", "sum", "amax", "amin", "max", "min", "logsumexp"),
-            *("std", "var", "linalg_vector_norm"),
-        )
-    ),
+    _convolution: frozenset(kinds.CONVOLUTIONS + kinds.CONV_BLOCKS),
+    _pool: frozenset(kinds.MAX_POOLS + kinds.MEAN_POOLS),
+    _adaptive_pool: frozenset(kinds.ADAPTIVE_POOLS),
+    _batch_norm: frozenset(kinds.BATCH_NORMS),
+    _layer_norm: frozenset(kinds.LAYER_NORMS),
+    _group_norm: frozenset(kinds.GROUP_NORMS),
+    _softmax: frozenset(kinds.SOFTMAXES),
+    _reduction: frozenset(kinds.REDUCTIONS),
     _gated: frozenset(("glu",)),
     _indexed: frozenset(("index", "gather", "index_select")),
     _attention: frozenset(("_scaled_dot_product_flash_attention_for_cpu",)),
-    _product: frozenset(("mm", "addmm", "bmm", "baddbmm", "mv")),
+    _product: frozenset(kinds.PRODUCTS),
     _movement: frozenset(
         (
             *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t"),

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convext.inspection.kinds import (
+    BATCH_NORMS,
+    CONV_BLOCKS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    takes_batch_statistics,
+)
 from convext.inspection.step import Ref, Step
 from convext.inspection.tape import Tape
 
-_PLAIN = ("convolution", "_convolution", "conv2d", "mkldnn_convolution")
-_BLOCKS = ("conv_block_eval",)  # a convolution, and a formula for what follows
-CONVOLUTIONS = _PLAIN + _BLOCKS
-_MAXIMA = ("max_pool2d_with_indices", "max_pool2d")
-_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "batch_norm_eval")
 _PRODUCTS = {"addmm": ("mat1", "mat2"), "mm": ("self", "mat2"), "mv": ("self", "vec")}
 _LINEAR = ("avg_pool2d", "_adaptive_avg_pool2d", "mean", "sum", "add", "add_", "sub", "sub_")
 _COPIES = (
@@ -130,9 +132,9 @@ def terms(tape: Tape, step: Step, index: tuple[int, ...]) -> Terms:
         NotImplementedError: an operation of which is not known what it reads.
     """
     step, index = _behind_moves(tape, step, index)
-    if step.kind in CONVOLUTIONS and not _is_transposed(step):
+    if step.kind in CONVOLUTIONS + CONV_BLOCKS and not _is_transposed(step):
         return _of_convolution(tape, step, index)
-    if step.kind in _MAXIMA:
+    if step.kind in MAX_POOLS:
         return _of_maximum(tape, step, index)
     linear = linear_part(step)
     if linear is not None:
@@ -142,7 +144,7 @@ def terms(tape: Tape, step: Step, index: tuple[int, ...]) -> Terms:
         x = float(reads[0].values)
         formula, result = f"max(0, {number(x)})", max(0.0, x)
         return Terms(step, index, value, reads, "formula", formula=formula, result=result)
-    if step.kind in _NORMS and not step.named_arguments().get("training", False):
+    if step.kind in BATCH_NORMS and not takes_batch_statistics(step):
         x = float(reads[0].values)
         formula, result = _normalised(step, index[1], x, number(x))
         return Terms(step, index, value, reads, "formula", formula=formula, result=result)
@@ -159,7 +161,7 @@ def linear_part(step: Step) -> Callable[..., Tensor] | None:
     Returns:
         From float64 tensors for its inputs, each once, to its output; None if it is not linear.
     """
-    if step.op is None or step.kind not in (*_PLAIN, *_PRODUCTS, *_LINEAR):
+    if step.op is None or step.kind not in (*CONVOLUTIONS, *_PRODUCTS, *_LINEAR):
         return None
     arguments = step.named_arguments()
     if step.kind in _PRODUCTS and all(isinstance(arguments[a], Ref) for a in _PRODUCTS[step.kind]):
@@ -271,7 +273,7 @@ def _of_convolution(tape: Tape, step: Step, index: tuple[int, ...]) -> Terms:
     bias = None if arguments["bias"] is None else arguments["bias"][index[1]].item()
     total = _total((read,), bias or 0.0)
     formula, result = "", total
-    if step.kind in _BLOCKS:
+    if step.kind in CONV_BLOCKS:
         formula, result = _after_block(step, index[1], total)
     value = float(step.value[index])
     return Terms(step, index, value, (read,), "sum", bias, total, formula, result)
@@ -351,7 +353,7 @@ def _normalised(step: Step, channel: int, value: float, shown: str) -> tuple[str
         found = next((arguments[name] for name in names if name in arguments), None)
         return default if found is None else found[channel].item()
 
-    prefix = "norm_" if step.kind in _BLOCKS else ""
+    prefix = "norm_" if step.kind in CONV_BLOCKS else ""
     mean, variance = of_channel("mean", "running_mean"), of_channel("var", "running_var")
     gamma = of_channel(f"{prefix}weight", default=1.0)
     beta = of_channel(f"{prefix}bias", default=0.0)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convext.inspection.drawing import COLORS, HIGHLIGHT, image, new_figure
-from convext.inspection.terms import CONVOLUTIONS, Terms, number, place
+from convext.inspection.kinds import CONV_BLOCKS, CONVOLUTIONS
+from convext.inspection.terms import Terms, number, place
 from convext.inspection.written import runs
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _draw_step(row: np.ndarray, cells: LayerCells, trace: Trace, limit: int) -> 
     )
     if _is_strip(cells):
         _spread_out(row, _plane(cells)[1])
-    elif trace.tape.steps[cells.step].kind in CONVOLUTIONS and len(leading) == 2:
+    elif trace.tape.steps[cells.step].kind in CONVOLUTIONS + CONV_BLOCKS and len(leading) == 2:
         outputs = [grid % leading[1] for grid in shown]
         _draw_kernels(row[-1], trace.tape.steps[cells.step], outputs, limit)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convext.inspection.kinds import takes_batch_statistics
 from convext.inspection.spreadsheet.page import Page, planes, write_value
 from convext.inspection.spreadsheet.text import (
     areas,
@@ -137,7 +138,7 @@ def dense(step: Step, sources: Sequence[Tensor], page: Page) -> Tensor:
 def batch_norm(step: Step, sources: Sequence[Tensor], page: Page) -> Tensor:
     """With the running statistics: (x - mean) / SQRT(var + eps) * gamma + beta."""
     settings = step.named_arguments()
-    if settings.get("training", False):
+    if takes_batch_statistics(step):
         raise NotImplementedError(
             f"{step.name}: a batch norm without running statistics has no formula here"
         )

@@ -12,6 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
+from convext.inspection import kinds
 from convext.inspection.spreadsheet.elementwise import (
     arithmetic,
     movement,
@@ -42,17 +43,11 @@ _MOVEMENTS = (
 _COPIES = ("clone", "_to_copy", "contiguous", "detach", "dropout", "lift_fresh")
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("conv2d", "convolution"), convolution),
+    **dict.fromkeys(kinds.CONVOLUTIONS, convolution),
     **dict.fromkeys(("addmm", "mm"), dense),
-    **dict.fromkeys(
-        (
-            *("batch_norm_eval", "native_batch_norm", "cudnn_batch_norm"),
-            *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-        ),
-        batch_norm,
-    ),
-    **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), partial(pool, "MAX")),
-    "avg_pool2d": partial(pool, "AVERAGE"),
+    **dict.fromkeys(kinds.BATCH_NORMS, batch_norm),
+    **dict.fromkeys(kinds.MAX_POOLS, partial(pool, "MAX")),
+    **dict.fromkeys(kinds.MEAN_POOLS, partial(pool, "AVERAGE")),
     "_adaptive_avg_pool2d": partial(adaptive_pool, "AVERAGE"),
     "adaptive_max_pool2d": partial(adaptive_pool, "MAX"),
     "mean": partial(reduction, "AVERAGE"),
