@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,6 @@ import torch
 from rich.console import Console
 
 import convext
-from convext.algorithms import build_info
 from convext.errors import UserError
 from convext.inspection.summary import Summary, summary
 from convext.mnist import processes
@@ -39,57 +37,18 @@ from convext.mnist.run_folder import (
     writable_folder,
     write_json,
 )
+from convext.mnist.settings import (
+    Options,
+    Settings,
+    check_options,
+    choose_device,
+    count,
+    data_name,
+    make_settings,
+)
 from convext.sync_batch_norm import SyncBatchNorm2d
 
-# Digits are forty times fewer than MNIST: in one epoch of batches of 512 they would make two
-# steps. So the book's setting is the default for MNIST only.
-DEFAULTS = {
-    "mnist": {"epochs": 1, "batch_size": 512, "lr": 0.06},
-    "digits": {"epochs": 10, "batch_size": 64, "lr": 0.06},
-}
 VALID_BATCH = 1000  # images at once in validation; a constant, since it changes no result
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose; None leaves it to the default, or on resuming to the run.
-
-    data: "mnist", "digits" or "auto"; data_dir: where the MNIST files lie; layers: "convext" or
-    "torch"; algorithm: for convext's convolutions; device: "cpu", "cuda" or "auto"; devices:
-    processes, which share every batch; batch_size, threads: of all processes together; out: the
-    run's folder; resume: a run's folder or checkpoint to go on from. The others say themselves what
-    they are.
-    """
-
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    seed: int | None = None
-    data: str | None = None
-    data_dir: str | Path | None = None
-    layers: str | None = None
-    algorithm: str | None = None
-    device: str | None = None
-    devices: int | None = None
-    threads: int | None = None
-    out: str | Path | None = None
-    resume: str | Path | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is: everything that its result depends on. Kept in its checkpoint."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    seed: int
-    data: str
-    layers: str
-    algorithm: str
-    threads: int
-    devices: int = 1  # checkpoints of before there were several have none
-    device: str = "cpu"  # likewise
 
 
 @dataclass(frozen=True)
@@ -137,17 +96,17 @@ def _prepare(options: Options, world: World | None = None) -> Job:
     if world is not None:
         if options.devices not in (None, world.size):
             raise UserError(
-                f"--devices {options.devices}: torchrun started {_count(world.size, 'process')}"
+                f"--devices {options.devices}: torchrun started {count(world.size, 'process')}"
             )
         options = replace(options, devices=world.size)
         if options.threads is None and options.resume is None:
             options = replace(options, threads=torch.get_num_threads() * world.local_size)
     local_size = world.local_size if world else options.devices or 1
-    options = replace(options, device=_device(options.device, options.layers, local_size))
-    _check(options)
+    options = replace(options, device=choose_device(options.device, options.layers, local_size))
+    check_options(options)
     path, checkpoint = load_checkpoint(options.resume) if options.resume else (None, None)
-    dataset = load_data(_data_name(options, checkpoint), options.data_dir)
-    settings = _settings(options, dataset, checkpoint)
+    dataset = load_data(data_name(options, checkpoint), options.data_dir)
+    settings = make_settings(options, dataset, checkpoint)
     if path is None:
         folder = new_run_folder(options.out, f"{settings.data}-{settings.layers}")
     else:
@@ -186,7 +145,7 @@ def _lead(world: World, job: Job, console: Console) -> dict:
             raise
     metrics = write_metrics()  # again, for a run that had nothing left to train
     if done == settings.epochs:
-        console.print(f"Nothing left to train: {_count(settings.epochs, 'epoch')} done already")
+        console.print(f"Nothing left to train: {count(settings.epochs, 'epoch')} done already")
     console.print(f"\n{folder}/last.ckpt: to go on from, with --resume {folder} --epochs N")
     console.print(f"{folder}/{METRICS}: these figures, for programs")
     return metrics
@@ -257,94 +216,6 @@ def _fit(
         trainer.fit(learner, batches, validation, ckpt_path=job.checkpoint, weights_only=True)
 
 
-def _check(options: Options) -> None:
-    """Looks at every number, so that a mistake costs no waiting."""
-    wanted = {
-        "epochs": (lambda n: n >= 1, "at least 1"),
-        "batch_size": (lambda n: n >= 2, "at least 2 (batch norm needs more than one image)"),
-        "lr": (lambda rate: 0 < rate < math.inf, "above 0 and finite"),
-        "seed": (lambda n: 0 <= n < 2**63, "from 0 to 2**63 - 1"),
-        "devices": (lambda n: 1 <= n <= 1024, "from 1 to 1024"),
-        "threads": (lambda n: 1 <= n <= 1024, "from 1 to 1024"),
-    }
-    for name, (good, want) in wanted.items():
-        value = getattr(options, name)
-        if value is not None and not good(value):
-            raise UserError(f"--{name.replace('_', '-')} must be {want}, got {value}")
-    if options.batch_size is not None:
-        _check_split(options.batch_size, options.devices or 1)
-    if options.layers == "torch" and options.algorithm not in (None, "auto"):
-        raise UserError(f"--algorithm {options.algorithm} needs --layers convext")
-    if options.algorithm is not None and options.layers != "torch":
-        names = ("auto", *convext.algorithms(options.device))
-        if options.algorithm not in names:
-            raise UserError(
-                f"--algorithm must be one of {', '.join(names)}, got {options.algorithm}"
-            )
-
-
-def _device(wish: str | None, layers: str | None, processes_here: int) -> str:
-    """Where to train: on "cuda" where all that it takes is there, unless "cpu" is wished for.
-
-    Raises:
-        UserError: "cuda" is wished for, and cannot be had.
-    """
-    obstacle = None
-    if not torch.cuda.is_available():
-        obstacle = "torch finds no GPU"
-    elif build_info()["cuda"] is None and not (layers == "torch" and wish == "cuda"):
-        obstacle = "this build of convext has no CUDA kernels"
-    elif processes_here > torch.cuda.device_count():
-        obstacle = f"{_count(processes_here, 'process')} for {torch.cuda.device_count()} GPUs"
-    if wish == "cuda" and obstacle:
-        raise UserError(f"--device cuda: {obstacle}")
-    return "cpu" if wish == "cpu" or obstacle else "cuda"
-
-
-def _check_split(batch_size: int, devices: int) -> None:
-    # Else the images of a smaller part would count more than the others.
-    if batch_size % devices:
-        raise UserError(
-            f"--batch-size must be a multiple of the number of processes, {devices}, "
-            f"got {batch_size}"
-        )
-
-
-def _data_name(options: Options, checkpoint: dict | None) -> str:
-    if checkpoint is None:
-        return options.data or "auto"
-    return checkpoint["convext"]["data"]
-
-
-def _settings(options: Options, dataset: Dataset, checkpoint: dict | None) -> Settings:
-    chosen = {
-        name: value
-        for name, value in vars(options).items()
-        if name in Settings.__dataclass_fields__ and value is not None
-    }
-    chosen["data"] = dataset.name
-    if checkpoint is None:
-        rest = {"seed": 0, "layers": "convext", "algorithm": "auto"}
-        rest["threads"] = torch.get_num_threads()
-        settings = Settings(**{**rest, **DEFAULTS[dataset.name], **chosen})
-        _check_split(settings.batch_size, settings.devices)
-        return settings
-
-    run = Settings(**checkpoint["convext"])
-    if options.data not in (None, "auto"):
-        chosen["data"] = options.data
-    for name, value in chosen.items():
-        if name not in ("epochs", "device", "devices", "threads") and value != getattr(run, name):
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {value}: the run to resume has {getattr(run, name)}")
-    settings = replace(run, **chosen)
-    _check_split(settings.batch_size, settings.devices)
-    done = len(checkpoint["history"])
-    if settings.epochs < done:
-        raise UserError(f"--epochs {settings.epochs}: the run to resume has trained {done} already")
-    return settings
-
-
 def _announce(
     console: Console, settings: Settings, dataset: Dataset, described: Summary, batches: BatchLoader
 ) -> None:
@@ -359,15 +230,15 @@ def _announce(
     if settings.device == "cuda":
         console.print(f"device    {torch.cuda.get_device_name()}")
     console.print(
-        f"training  {_count(settings.epochs, 'epoch')} of {len(batches)} batches of "
+        f"training  {count(settings.epochs, 'epoch')} of {len(batches)} batches of "
         f"{batches.batch_size}, learning rate up to {settings.lr:g}, seed {settings.seed}, "
-        f"{_count(settings.threads, 'thread')}"
+        f"{count(settings.threads, 'thread')}"
     )
     if settings.devices > 1:
         images = batches.batch_size // settings.devices
         shared = settings.layers == "convext"
         console.print(
-            f"processes {settings.devices}, each with {_count(images, 'image')} of every batch; "
+            f"processes {settings.devices}, each with {count(images, 'image')} of every batch; "
             f"batch norm over {'all of them' if shared else 'its own (stock layers on a CPU)'}"
         )
     console.print()
@@ -400,14 +271,9 @@ def _kept(folder: Path, settings: Settings) -> str:
     except UserError:
         return "Interrupted before the first epoch ended: nothing was kept"
     return (
-        f"Interrupted: {path} holds {_count(len(checkpoint['history']), 'epoch')} of "
+        f"Interrupted: {path} holds {count(len(checkpoint['history']), 'epoch')} of "
         f"{settings.epochs}; go on with --resume {folder}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
 
 
 class _QuietLightning(warnings.catch_warnings):
