@@ -182,4 +182,5 @@ def test_ctrl_c_is_status_130_and_says_what_was_kept(tmp_path):
     assert err.startswith(f"convext train: Interrupted: {run}/last.ckpt holds ")
     assert err.endswith(f"of 9999; go on with --resume {run}\n")
     assert err.count("\n") == 1
-    assert {p.name for p in run.iterdir()} == {"last.ckpt", "metrics.json"}
+    assert (run / "last.ckpt").exists()
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".")]  # nothing half written

@@ -21,6 +21,7 @@ from convext.mnist.model import lesson_cnn  # noqa: E402
 from convext.mnist.train import Options, train  # noqa: E402
 
 LAYERS = ["convext", "torch"]
+RUN_FILES = {"last.ckpt", "metrics.json", "record.json", "record.csv", "activations.npz"}
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def test_schedule_is_fastais_1cycle(steps):
 def test_metrics(run, layers):
     folder = run("run", layers=layers, epochs=2, batch_size=128, lr=0.02, seed=3)
     found = metrics(folder)
-    assert {p.name for p in folder.iterdir()} == {"last.ckpt", "metrics.json"}
+    assert {p.name for p in folder.iterdir()} == RUN_FILES
     expected = {
         "data": "digits",
         "layers": layers,

@@ -53,6 +53,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="of all processes together, at least one each (default: torch's own choice)",
     )
+    add(
+        "--stats",
+        choices=("histograms", "numbers", "off"),
+        help="of each layer's activations in each batch; numbers are mean, standard deviation and "
+        "share near zero (default: histograms)",
+    )
     add("--out", metavar="DIR", help="the run's folder (default: a new one in runs/)")
     add(
         "--resume",

@@ -56,3 +56,54 @@ def color_dim(name: str, stats: LayerStats) -> Figure:
     bar.ax.set_yticklabels(["≤ 0.001%", "0.01%", "0.1%", "1%", "10%", "100%"])
     bar.set_label("share of the batch", fontsize=9)
     return figure
+
+
+def plot_sched(batches: dict[str, list]) -> Figure:
+    """Two panels over batches: the learning rate and the momentum."""
+    figure, axes = new_figure(1, 2, (8, 2.8))
+    for place, name, title in zip(
+        axes[0], ("lr", "momentum"), ("learning rate", "momentum"), strict=True
+    ):
+        place.plot(batches["step"], batches[name], color=COLORS[0], linewidth=1.2)
+        place.set_title(title, fontsize=9)
+        place.set_xlabel("batch")
+        place.grid(alpha=0.3)
+    return figure
+
+
+def plot_loss(batches: dict[str, list], epochs: list[dict[str, float]]) -> Figure:
+    """Training loss of each batch and, smoothed, of its neighbours; validation's at epoch ends."""
+    figure, axes = new_figure(1, 1, (7, 3))
+    place = axes[0, 0]
+    steps = np.array(batches["step"], dtype=float)
+    losses = np.array([np.nan if loss is None else loss for loss in batches["loss"]])
+    place.plot(steps, losses, color=COLORS[0], linewidth=0.7, alpha=0.4, label="batch")
+    place.plot(steps, smoothed(losses), color=COLORS[0], linewidth=1.6, label="batches, smoothed")
+    ends = [
+        max(s for s, e in zip(steps, batches["epoch"], strict=True) if e == row["epoch"])
+        for row in epochs
+        if row["epoch"] in set(batches["epoch"])
+    ]
+    if ends:
+        valid = [row.get("valid_loss") for row in epochs if row["epoch"] in set(batches["epoch"])]
+        place.plot(ends, valid, "o-", color=COLORS[1], markersize=4, label="validation")
+    place.set_yscale("log")
+    place.set_xlabel("batch")
+    place.set_ylabel("loss (cross entropy)")
+    place.grid(alpha=0.3, which="both")
+    place.legend(fontsize=8)
+    return figure
+
+
+def smoothed(values: np.ndarray, beta: float = 0.98) -> np.ndarray:
+    """The exponentially weighted mean of what came before, without its bias towards 0.
+
+    As fastai's Recorder smooths the training loss. Values that are not finite are left out.
+    """
+    result, mean, weight = np.empty(len(values)), 0.0, 0.0
+    for place, value in enumerate(values):
+        if np.isfinite(value):
+            mean = beta * mean + (1 - beta) * value
+            weight = beta * weight + (1 - beta)
+        result[place] = mean / weight if weight else np.nan
+    return result

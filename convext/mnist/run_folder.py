@@ -1,4 +1,4 @@
-"""A run's folder: last.ckpt to go on from, metrics.json to read."""
+"""A run's folder: last.ckpt to go on from, and what there is to read and to see of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from convext.errors import UserError
 
 CHECKPOINT = "last.ckpt"
 METRICS = "metrics.json"
+ACTIVATIONS = "activations.npz"
+RECORD = "record.json"
+BATCHES = "record.csv"
 
 
 def new_run_folder(out: str | Path | None, name: str) -> Path:

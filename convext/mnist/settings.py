@@ -28,8 +28,8 @@ class Options:
     data: "mnist", "digits" or "auto"; data_dir: where the MNIST files lie; layers: "convext" or
     "torch"; algorithm: for convext's convolutions; device: "cpu", "cuda" or "auto"; devices:
     processes, which share every batch; batch_size, threads: of all processes together; out: the
-    run's folder; resume: a run's folder or checkpoint to go on from. The others say themselves what
-    they are.
+    run's folder; resume: a run's folder or checkpoint to go on from; stats: of activations, "off",
+    "numbers" or "histograms". The others say themselves what they are.
     """
 
     epochs: int | None = None
@@ -45,6 +45,7 @@ class Options:
     threads: int | None = None
     out: str | Path | None = None
     resume: str | Path | None = None
+    stats: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Settings:
     threads: int
     devices: int = 1  # checkpoints of before there were several have none
     device: str = "cpu"  # likewise
+    stats: str = "off"  # likewise
 
 
 def check_options(options: Options) -> None:
@@ -130,7 +132,7 @@ def make_settings(options: Options, dataset: Dataset, checkpoint: dict | None) -
     }
     chosen["data"] = dataset.name
     if checkpoint is None:
-        rest = {"seed": 0, "layers": "convext", "algorithm": "auto"}
+        rest = {"seed": 0, "layers": "convext", "algorithm": "auto", "stats": "histograms"}
         rest["threads"] = torch.get_num_threads()
         settings = Settings(**{**rest, **DEFAULTS[dataset.name], **chosen})
         _check_split(settings.batch_size, settings.devices)

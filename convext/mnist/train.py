@@ -11,10 +11,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
+from torch import nn
 
 import convext
 from convext.errors import UserError
 from convext.inspection.summary import Summary, summary
+from convext.lab.activation_stats import ActivationStats
+from convext.lab.callbacks import CollectActivations, RecordRun
+from convext.lab.recorder import Recorder
 from convext.mnist import processes
 from convext.mnist.callbacks import (
     DefaultSigterm,
@@ -31,6 +35,7 @@ from convext.mnist.loader import BatchLoader
 from convext.mnist.model import lesson_cnn
 from convext.mnist.processes import World
 from convext.mnist.run_folder import (
+    ACTIVATIONS,
     METRICS,
     load_checkpoint,
     new_run_folder,
@@ -124,15 +129,22 @@ def _lead(world: World, job: Job, console: Console) -> dict:
     _announce(console, settings, job.dataset, described, batches)
     done = len(load_checkpoint(job.checkpoint)[1]["history"]) if job.checkpoint else 0
 
-    def write_metrics() -> dict:
+    recorder, stats = Recorder(), _activation_stats(settings, learner.model)
+
+    def write_results() -> dict:
         metrics = _metrics(settings, described, learner.history)
         write_json(folder / METRICS, metrics)
+        recorder.save(folder)
+        if stats is not None:
+            stats.save(folder / ACTIVATIONS)
         return metrics
 
     callbacks = [
         ProgressBar(console),
+        RecordRun(recorder),
+        *([] if stats is None else [CollectActivations(stats)]),
         # Saved first: an epoch's line says that the epoch is kept.
-        SaveRun(folder, asdict(settings), after=write_metrics),
+        SaveRun(folder, asdict(settings), after=write_results),
         EpochTable(console),
     ]
     with interruptible() as interrupt:
@@ -143,12 +155,19 @@ def _lead(world: World, job: Job, console: Console) -> dict:
             if interrupt.came or isinstance(error, InterruptError):
                 raise KeyboardInterrupt(_kept(folder, settings)) from None
             raise
-    metrics = write_metrics()  # again, for a run that had nothing left to train
+    metrics = write_results()  # again, for a run that had nothing left to train
     if done == settings.epochs:
         console.print(f"Nothing left to train: {count(settings.epochs, 'epoch')} done already")
     console.print(f"\n{folder}/last.ckpt: to go on from, with --resume {folder} --epochs N")
     console.print(f"{folder}/{METRICS}: these figures, for programs")
     return metrics
+
+
+def _activation_stats(settings: Settings, model: nn.Module) -> ActivationStats | None:
+    """Of the first process's part of each batch, where there are several."""
+    if settings.stats == "off":
+        return None
+    return ActivationStats(model, histograms=settings.stats == "histograms")
 
 
 def _follow(world: World) -> None:

@@ -1,0 +1,63 @@
+"""Lightning's side of the lab: callbacks that feed a record and the statistics of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from convext.lab.activation_stats import ActivationStats
+from convext.lab.recorder import Recorder
+
+
+class RecordRun(pl.Callback):
+    """Keeps a `Recorder`, also in the checkpoint, so that a resumed run has the whole record."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        # Here, since after the step the scheduler may have set the next one's.
+        group = optimizer.param_groups[0]
+        self._told = (group["lr"], group["betas"][0] if "betas" in group else group["momentum"])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
+        lr, momentum = self._told
+        self.recorder.batch(
+            step=trainer.global_step - 1,
+            epoch=trainer.current_epoch + 1,
+            loss=outputs["loss"],
+            lr=lr,
+            momentum=momentum,
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.recorder.epochs = [dict(row) for row in module.history]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.recorder.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.recorder.load_state_dict(state)
+
+
+class CollectActivations(pl.Callback):
+    """Attaches an `ActivationStats` while the model trains, and keeps it in the checkpoint."""
+
+    def __init__(self, stats: ActivationStats) -> None:
+        self.stats = stats
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.stats.attach()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.stats.detach()
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        self.stats.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stats.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stats.load_state_dict(state)
