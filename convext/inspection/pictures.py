@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Of skimage.data, those that its package contains, so that nothing is downloaded.
 SAMPLES = (
@@ -44,6 +48,12 @@ def read_picture(path: str | Path) -> Tensor:
         ValueError: it holds no picture, or one with other than 8 bits a channel.
     """
     import numpy as np
+
+    return _from_bytes(np.array(open_picture(path)))
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """As `read_picture`, still Pillow's: of mode L where the file is grey, else RGB."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -51,10 +61,9 @@ def read_picture(path: str | Path) -> Tensor:
             if picture.mode.startswith(("I", "F")):
                 raise ValueError(f"{path}: 8 bits a channel are read, not mode {picture.mode}")
             mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
-            upright = ImageOps.exif_transpose(picture).convert(mode)
+            return ImageOps.exif_transpose(picture).convert(mode)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a picture that Pillow can read") from error
-    return _from_bytes(np.array(upright))
 
 
 def _from_bytes(pixels) -> Tensor:
