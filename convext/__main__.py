@@ -23,6 +23,7 @@ from convext.commands import (
     trace,
     train,
 )
+from convext.commands import bench, predict, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -32,6 +33,8 @@ EXTRAS = {
     "filelock": "train",
     "lightning": "train",
     "matplotlib": "plot",
+    "onnx": "export",
+    "onnxscript": "export",
     "openpyxl": "xlsx",
     "pooch": "train",
     "requests": "train",
@@ -50,6 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     train.add,
+    predict.add,
     bench.add,
     summary.add,
     receptive_field.add,

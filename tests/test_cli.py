@@ -15,6 +15,7 @@ from convext.__main__ import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
     *("--epochs", "--batch-size", "--lr", "--seed", "--data", "--data-dir", "--layers"),
+    *("--image-size", "--augment"),
     *("--algorithm", "--device", "--devices", "--threads", "--out", "--resume"),
 )
 
@@ -90,7 +91,10 @@ def test_every_command_has_a_help_line(capsys):
             ["train", "--data", "digits", "--devices", "3"],
             "--batch-size must be a multiple of the number of processes, 3, got 64",
         ),
-        (["train", "--data", "cifar"], "--data: invalid choice: 'cifar'"),
+        (["train", "--data", "cifar"], "--data 'cifar': no such folder, and none of mnist, digits"),
+        (["train", "--image-size", "28x"], "--image-size: must be sizes like 28 or 24x32, got"),
+        (["train", "--image-size", "33"], "--image-size must be from 1 to 32 high and wide"),
+        (["train", "--data", "digits", "--colour"], "--colour is for a folder of pictures"),
         (["train", "--layers", "jax"], "--layers: invalid choice: 'jax'"),
         (["train", "--algorithm", "magic"], "--algorithm must be one of auto, "),
         (["train", "--layers", "torch", "--algorithm", "direct"], "needs --layers convext"),

@@ -48,18 +48,10 @@ def load_model(name: str) -> nn.Module:
             torch.manual_seed(0)
             return (lesson_cnn() if name == "lesson" else conv_example()).eval()
     if Path(name).expanduser().exists():
-        from convext.mnist.model import lesson_cnn
-        from convext.mnist.run_folder import load_checkpoint
+        from convext.mnist.run_folder import load_trained
 
-        _, checkpoint = load_checkpoint(name, option="MODEL")
-        model = lesson_cnn(checkpoint["convext"]["layers"])
-        state = {
-            key.removeprefix("model."): value
-            for key, value in checkpoint["state_dict"].items()
-            if key.startswith("model.")
-        }
-        model.load_state_dict(state)
-        return model.eval()
+        _, model = load_trained(name, option="MODEL")
+        return model
     module, separator, attribute = name.partition(":")
     if not separator:
         raise UserError(f"MODEL must be {MODELS}, got {name!r}")

@@ -13,6 +13,9 @@ from convext.mnist.idx import DataError, read_idx
 
 __all__ = ["DataError", "Dataset", "Split", "load_data", "load_digits", "load_mnist", "read_idx"]
 
+NAMES = ("mnist", "digits", "auto")  # anything else is a folder of pictures
+DIGITS = tuple("0123456789")
+
 # The published files: SHA-256 of the uncompressed content, MD5 of the .gz that the mirrors hold.
 _FILES = {
     "train-images-idx3-ubyte": (
@@ -50,10 +53,12 @@ class Dataset:
     """A data set with the split that it is judged by.
 
     Attributes:
-        name: "mnist" or "digits".
+        name: "mnist", "digits" or the path of a folder of pictures.
         train, valid: what is trained on, and what accuracy is measured on.
         source: where it was read from, for people.
         note: one line for people, where this is not the data set they would expect.
+        classes: their names; a label is a place among them.
+        content: a hash of a folder's pictures and classes; the other data sets never change.
     """
 
     name: str
@@ -61,29 +66,47 @@ class Dataset:
     valid: Split
     source: str
     note: str | None = None
+    classes: tuple[str, ...] = DIGITS
+    content: str | None = None
 
 
-def load_data(name: str = "auto", folder: str | Path | None = None) -> Dataset:
+def load_data(
+    name: str = "auto",
+    folder: str | Path | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    colour: bool | None = None,
+) -> Dataset:
     """Loads a data set by name.
 
     Args:
         name: "mnist", "digits", or "auto": MNIST where it can be had, else digits, with a
-            note that says why.
-        folder: where the MNIST files lie; see `load_mnist`. Digits need none.
+            note that says why. Any other name is the path of a folder of pictures.
+        folder: where the MNIST files lie; see `load_mnist`. The others need none.
+        image_size, colour: of a folder of pictures; see `load_image_folder`.
 
     Raises:
         DataError: it can't be had. "auto" falls back only where MNIST is nowhere to be found:
             a folder that was named and lacks the files, or a file that is broken, is an error
             for it too, since falling back would hide a mistake.
     """
+    if name not in NAMES:
+        from convext.mnist.image_folder import load_image_folder
+
+        if not Path(name).expanduser().exists():
+            raise DataError(f"--data {name!r}: no such folder, and none of {', '.join(NAMES)}")
+        if folder is not None:
+            raise DataError("--data-dir is where the MNIST files lie, and --data a folder itself")
+        return load_image_folder(name, image_size, colour)
+    for option, value in (("--image-size", image_size), ("--colour", colour)):
+        if value is not None:
+            raise DataError(f"{option} is for a folder of pictures, but --data is {name}")
     if name == "mnist":
         return load_mnist(folder)
     if name == "digits":
         if folder is not None:
             raise DataError(f"{folder}: digits are read from scikit-learn, not from a folder")
         return load_digits()
-    if name != "auto":
-        raise DataError(f"no data set is called {name!r}; there are mnist, digits and auto")
     place = _named_folder(folder)
     if place is None:
         try:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+from convext.mnist.augment import Augmentation
+
+Batch = TypeVar("Batch")
 
 
 class BatchLoader:
@@ -30,6 +36,8 @@ class BatchLoader:
         part, parts: gives only this part of every batch, from 0, of so many. In the order of
             their numbers the parts join to the batch. With drop_last they are of equal size, for
             which a data set smaller than one batch is cut; else they may differ by one image.
+        augment: moves the images of every batch at random, which is a function of (seed, epoch,
+            number of the batch) alone; it needs a seed.
 
     Attributes:
         epoch: which order the next iteration takes, from 0. Whoever trains sets it.
@@ -45,6 +53,7 @@ class BatchLoader:
         drop_last: bool = False,
         part: int = 0,
         parts: int = 1,
+        augment: Augmentation | None = None,
     ) -> None:
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
@@ -54,6 +63,8 @@ class BatchLoader:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= part < parts:
             raise ValueError(f"part must be from 0 to parts - 1, got {part} of {parts}")
+        if augment is not None and seed is None:
+            raise ValueError("augment needs a seed, got none")
         self.images = images
         self.labels = labels
         self.batch_size = min(batch_size, len(images))
@@ -68,6 +79,7 @@ class BatchLoader:
         self.parts = parts
         self.seed = seed
         self.drop_last = drop_last
+        self.augment = augment
         self.epoch = 0
         self._first = 0  # the batch that the next iteration starts with, after load_state_dict
         self._done = 0  # batches handed out in the iteration under way
@@ -85,15 +97,22 @@ class BatchLoader:
             self._done = number + 1
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
             chosen = batch.tensor_split(self.parts)[self.part]
-            yield self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
+            images = self.images.index_select(0, chosen)
+            if self.augment is not None:
+                # For the whole batch, so that the parts join to it.
+                moves = self.augment.draw(len(batch), self._generator(number))
+                images = self.augment.move(images, moves.tensor_split(self.parts)[self.part])
+            yield images, self.labels.index_select(0, chosen)
 
     def _order(self) -> torch.Tensor:
         if self.seed is None:
             return torch.arange(len(self.images))
-        # SeedSequence mixes both numbers well, so that neighbours do not give like orders.
-        mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        return torch.randperm(len(self.images), generator=generator)
+        return torch.randperm(len(self.images), generator=self._generator())
+
+    def _generator(self, *key: int) -> torch.Generator:
+        # SeedSequence mixes all numbers well, so that neighbours do not give like orders.
+        mixed = np.random.SeedSequence((self.seed, self.epoch), spawn_key=key)
+        return torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
     def state_dict(self) -> dict[str, int]:
         """Where the iteration stands; a checkpoint holds it."""
@@ -104,3 +123,14 @@ class BatchLoader:
         """Lets the next iteration go on where `state_dict` was taken."""
         self.epoch = state["epoch"]
         self._first = self._done = state["batch"]
+
+
+def first(batches: Iterable[Batch]) -> Batch:
+    """The first batch, as fastcore's `first(dl)`: a look at what a model will be given.
+
+    A `BatchLoader` stays where it stands.
+
+    Raises:
+        StopIteration: there is none.
+    """
+    return next(iter(copy.copy(batches) if isinstance(batches, BatchLoader) else batches))

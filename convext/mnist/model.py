@@ -9,9 +9,12 @@ from torch import nn
 # (in_channels, out_channels, kernel_size) of each convolution. The first kernel is 5x5, since
 # a 3x3 one would compute 8 numbers from only 9 pixels.
 CONVOLUTIONS = ((1, 8, 5), (8, 16, 3), (16, 32, 3), (32, 64, 3), (64, 10, 3))
+LARGEST_SIZE = 2 ** len(CONVOLUTIONS)  # the height or width that they still take to 1
 
 
-def lesson_cnn(layers: str = "convext", algorithm: str = "auto") -> nn.Sequential:
+def lesson_cnn(
+    layers: str = "convext", algorithm: str = "auto", *, in_channels: int = 1, classes: int = 10
+) -> nn.Sequential:
     """Builds the network, initialised from torch's global generator.
 
     Each convolution has stride 2 and padding kernel_size // 2, so that it halves the grid
@@ -22,13 +25,19 @@ def lesson_cnn(layers: str = "convext", algorithm: str = "auto") -> nn.Sequentia
     Args:
         layers: "convext" for this package's layers, "torch" for stock ones.
         algorithm: for convext's convolutions; see `convext.algorithms`.
+        in_channels: of the images: 1 for grey ones, 3 for colour.
+        classes: how many scores the last convolution puts out.
 
     Returns:
-        A module from (N, 1, 28, 28) to class scores (N, 10).
+        A module from (N, in_channels, H, W) to class scores (N, classes). H and W are 28 in the
+        lesson; any from 1 to 32 end in 1x1, so that flattening leaves one score per class.
 
     Raises:
-        ValueError: unknown `layers`, or an algorithm named for stock layers.
+        ValueError: unknown `layers`, an algorithm named for stock layers, or a number below 1.
     """
+    for name, value in (("in_channels", in_channels), ("classes", classes)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if layers == "convext":
         import convext
 
@@ -43,6 +52,10 @@ def lesson_cnn(layers: str = "convext", algorithm: str = "auto") -> nn.Sequentia
 
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (inputs, outputs, size) in enumerate(CONVOLUTIONS, start=1):
+        if number == 1:
+            inputs = in_channels
+        if number == len(CONVOLUTIONS):
+            outputs = classes
         modules[f"conv{number}"] = conv_type(
             inputs, outputs, size, stride=2, padding=size // 2, **options
         )

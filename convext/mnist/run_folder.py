@@ -7,11 +7,14 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from convext.errors import UserError
+from convext.mnist.settings import Settings
 
 CHECKPOINT = "last.ckpt"
 METRICS = "metrics.json"
@@ -75,6 +78,32 @@ def load_checkpoint(path: str | Path, option: str = "--resume") -> tuple[Path, d
     if not isinstance(checkpoint, dict) or "convext" not in checkpoint:
         raise UserError(f"{option}: {path}: not a checkpoint of convext train")
     return path, checkpoint
+
+
+def load_trained(path: str | Path, option: str) -> tuple[Settings, nn.Sequential]:
+    """Reads the network of a run, given its folder or checkpoint.
+
+    Returns:
+        What the run was, and its network with the weights trained so far, in evaluation mode.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    path, checkpoint = load_checkpoint(path, option)
+    prefix = "model."
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in checkpoint.get("state_dict", {}).items()
+        if name.startswith(prefix)
+    }
+    try:
+        settings = Settings(**checkpoint["convext"])
+        # "auto", since an algorithm that was named may be one of another device.
+        model = replace(settings, algorithm="auto").make_model()
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{option}: {path}: not a run of this version of convext") from error
+    return settings, model.eval()
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import convext
 from convext.algorithms import build_info
 from convext.errors import UserError
-from convext.mnist.data import Dataset
+from convext.mnist.data import DIGITS, NAMES, Dataset, load_data
+from convext.mnist.model import LARGEST_SIZE, lesson_cnn
 
 # Digits are forty times fewer than MNIST: in one epoch of batches of 512 they would make two
 # steps. So the book's setting is the default for MNIST only.
@@ -19,17 +21,20 @@ DEFAULTS = {
     "mnist": {"epochs": 1, "batch_size": 512, "lr": 0.06},
     "digits": {"epochs": 10, "batch_size": 64, "lr": 0.06},
 }
+FOLDER_STEPS = 16  # of an epoch, at least, where this leaves 8 pictures or more to a batch
 
 
 @dataclass(frozen=True)
 class Options:
     """What a user may choose; None leaves it to the default, or on resuming to the run.
 
-    data: "mnist", "digits" or "auto"; data_dir: where the MNIST files lie; layers: "convext" or
-    "torch"; algorithm: for convext's convolutions; device: "cpu", "cuda" or "auto"; devices:
-    processes, which share every batch; batch_size, threads: of all processes together; out: the
-    run's folder; resume: a run's folder or checkpoint to go on from; stats: of activations, "off",
-    "numbers" or "histograms". The others say themselves what they are.
+    data: "mnist", "digits", "auto" or a folder of pictures; data_dir: where the MNIST files lie;
+    image_size, colour: of the pictures, (H, W) and whether they have three channels; augment:
+    whether each training image is moved a little at random; layers: "convext" or "torch";
+    algorithm: for convext's convolutions; device: "cpu", "cuda" or "auto"; devices: processes,
+    which share every batch; batch_size, threads: of all processes together; out: the run's folder;
+    resume: a run's folder or checkpoint to go on from; stats: of activations, "off", "numbers" or
+    "histograms". The others say themselves what they are.
     """
 
     epochs: int | None = None
@@ -46,11 +51,17 @@ class Options:
     out: str | Path | None = None
     resume: str | Path | None = None
     stats: str | None = None
+    image_size: tuple[int, int] | None = None
+    colour: bool | None = None
+    augment: bool | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is: everything that its result depends on. Kept in its checkpoint."""
+    """What a run is: everything that its result depends on. Kept in its checkpoint.
+
+    classes: their names, in the order of the scores; content: see `Dataset`.
+    """
 
     epochs: int
     batch_size: int
@@ -63,6 +74,20 @@ class Settings:
     devices: int = 1  # checkpoints of before there were several have none
     device: str = "cpu"  # likewise
     stats: str = "off"  # likewise
+    image_size: tuple[int, int] = (28, 28)  # likewise, and what follows
+    colour: bool = False
+    classes: tuple[str, ...] = DIGITS
+    content: str | None = None
+    augment: bool = False
+
+    def make_model(self) -> nn.Sequential:
+        """The network that the run trains, initialised from torch's global generator."""
+        return lesson_cnn(
+            self.layers,
+            self.algorithm,
+            in_channels=3 if self.colour else 1,
+            classes=len(self.classes),
+        )
 
 
 def check_options(options: Options) -> None:
@@ -74,11 +99,15 @@ def check_options(options: Options) -> None:
         "seed": (lambda n: 0 <= n < 2**63, "from 0 to 2**63 - 1"),
         "devices": (lambda n: 1 <= n <= 1024, "from 1 to 1024"),
         "threads": (lambda n: 1 <= n <= 1024, "from 1 to 1024"),
+        "image_size": (
+            lambda size: min(size) >= 1 and max(size) <= LARGEST_SIZE,
+            f"from 1 to {LARGEST_SIZE} high and wide (which the network halves five times, to 1)",
+        ),
     }
     for name, (good, want) in wanted.items():
         value = getattr(options, name)
         if value is not None and not good(value):
-            raise UserError(f"--{name.replace('_', '-')} must be {want}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be {want}, got {_text(value)}")
     if options.batch_size is not None:
         _check_split(options.batch_size, options.devices or 1)
     if options.layers == "torch" and options.algorithm not in (None, "auto"):
@@ -118,10 +147,25 @@ def _check_split(batch_size: int, devices: int) -> None:
         )
 
 
-def data_name(options: Options, checkpoint: dict | None) -> str:
+def read_data(options: Options, checkpoint: dict | None) -> Dataset:
+    """The data set of a new run, or that of the run to resume: its folder may have moved."""
     if checkpoint is None:
-        return options.data or "auto"
-    return checkpoint["convext"]["data"]
+        return load_data(
+            options.data or "auto",
+            options.data_dir,
+            image_size=options.image_size,
+            colour=options.colour,
+        )
+    run = Settings(**checkpoint["convext"])
+    if run.content is None:
+        return load_data(run.data, options.data_dir)
+    folder = run.data if options.data in (None, *NAMES) else options.data
+    dataset = load_data(folder, options.data_dir, image_size=run.image_size, colour=run.colour)
+    if dataset.content != run.content:
+        raise UserError(
+            f"--resume: {dataset.name}: its pictures are not those that the run began with"
+        )
+    return dataset
 
 
 def make_settings(options: Options, dataset: Dataset, checkpoint: dict | None) -> Settings:
@@ -132,25 +176,44 @@ def make_settings(options: Options, dataset: Dataset, checkpoint: dict | None) -
     }
     chosen["data"] = dataset.name
     if checkpoint is None:
+        channels, *size = dataset.train.images.shape[1:]
+        chosen |= {"image_size": tuple(size), "colour": channels == 3}
+        chosen |= {"classes": dataset.classes, "content": dataset.content}
         rest = {"seed": 0, "layers": "convext", "algorithm": "auto", "stats": "histograms"}
         rest["threads"] = torch.get_num_threads()
-        settings = Settings(**{**rest, **DEFAULTS[dataset.name], **chosen})
+        defaults = DEFAULTS.get(dataset.name) or _folder_defaults(len(dataset.train))
+        settings = Settings(**{**rest, **defaults, **chosen})
         _check_split(settings.batch_size, settings.devices)
         return settings
 
     run = Settings(**checkpoint["convext"])
-    if options.data not in (None, "auto"):
-        chosen["data"] = options.data
+    free = {"epochs", "device", "devices", "threads"}
+    if options.data in NAMES or run.content is None:
+        if options.data not in (None, "auto"):
+            chosen["data"] = options.data
+    else:
+        free.add("data")  # a folder, which read_data found to hold the same
     for name, value in chosen.items():
-        if name not in ("epochs", "device", "devices", "threads") and value != getattr(run, name):
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {value}: the run to resume has {getattr(run, name)}")
+        if name not in free and value != getattr(run, name):
+            option, own = name.replace("_", "-"), _text(getattr(run, name))
+            raise UserError(f"--{option} {_text(value)}: the run to resume has {own}")
     settings = replace(run, **chosen)
     _check_split(settings.batch_size, settings.devices)
     done = len(checkpoint["history"])
     if settings.epochs < done:
         raise UserError(f"--epochs {settings.epochs}: the run to resume has trained {done} already")
     return settings
+
+
+def _folder_defaults(pictures: int) -> dict[str, float]:
+    """As digits have them; smaller batches of few pictures, a power of two of them."""
+    few = 2 ** (pictures // FOLDER_STEPS).bit_length() // 2
+    return {**DEFAULTS["digits"], "batch_size": min(64, max(8, few))}
+
+
+def _text(value: object) -> str:
+    """Of an option, as one gives it."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def count(number: int, noun: str) -> str:

@@ -20,6 +20,7 @@ from convext.lab.activation_stats import ActivationStats
 from convext.lab.callbacks import CollectActivations, RecordRun
 from convext.lab.recorder import Recorder
 from convext.mnist import processes
+from convext.mnist.augment import Augmentation
 from convext.mnist.callbacks import (
     DefaultSigterm,
     EpochTable,
@@ -28,11 +29,10 @@ from convext.mnist.callbacks import (
     SaveRun,
     interruptible,
 )
-from convext.mnist.data import Dataset, load_data
+from convext.mnist.data import Dataset
 from convext.mnist.ddp import trainer_arguments
 from convext.mnist.learner import Learner
-from convext.mnist.loader import BatchLoader
-from convext.mnist.model import lesson_cnn
+from convext.mnist.loader import BatchLoader, first
 from convext.mnist.processes import World
 from convext.mnist.run_folder import (
     ACTIVATIONS,
@@ -48,8 +48,8 @@ from convext.mnist.settings import (
     check_options,
     choose_device,
     count,
-    data_name,
     make_settings,
+    read_data,
 )
 from convext.sync_batch_norm import SyncBatchNorm2d
 
@@ -110,10 +110,10 @@ def _prepare(options: Options, world: World | None = None) -> Job:
     options = replace(options, device=choose_device(options.device, options.layers, local_size))
     check_options(options)
     path, checkpoint = load_checkpoint(options.resume) if options.resume else (None, None)
-    dataset = load_data(data_name(options, checkpoint), options.data_dir)
+    dataset = read_data(options, checkpoint)
     settings = make_settings(options, dataset, checkpoint)
     if path is None:
-        folder = new_run_folder(options.out, f"{settings.data}-{settings.layers}")
+        folder = new_run_folder(options.out, f"{Path(settings.data).name}-{settings.layers}")
     else:
         folder = writable_folder(Path(options.out).expanduser() if options.out else path.parent)
     return Job(settings, dataset, folder, path)
@@ -123,7 +123,7 @@ def _lead(world: World, job: Job, console: Console) -> dict:
     """Trains with the other processes, if any; shows what happens, and writes the metrics."""
     settings, folder = world.share(job).settings, job.folder
     image = job.dataset.train.images.shape[1:]
-    model = lesson_cnn(settings.layers, settings.algorithm).to(settings.device)
+    model = settings.make_model().to(settings.device)
     described = summary(model, (1, *image))
     learner, batches = _build(world, job)
     _announce(console, settings, job.dataset, described, batches)
@@ -182,7 +182,7 @@ def _build(world: World, job: Job) -> tuple[Learner, BatchLoader]:
     settings, train = job.settings, job.dataset.train
     torch.set_num_threads(max(1, settings.threads // world.local_size))
     torch.manual_seed(settings.seed)
-    model = lesson_cnn(settings.layers, settings.algorithm)
+    model = settings.make_model()
     if world.size > 1 and settings.layers == "convext":
         SyncBatchNorm2d.convert_sync_batchnorm(model)
     device = _own_device(world, settings)
@@ -194,6 +194,7 @@ def _build(world: World, job: Job) -> tuple[Learner, BatchLoader]:
         drop_last=True,
         part=world.rank,
         parts=world.size,
+        augment=Augmentation() if settings.augment else None,
     )
     return Learner(model, settings.lr, total_steps=settings.epochs * len(batches)), batches
 
@@ -245,6 +246,16 @@ def _announce(
         f"data      {dataset.name}: {len(dataset.train):,} images to train on, "
         f"{len(dataset.valid):,} to validate with ({dataset.source})"
     )
+    if dataset.content is not None:
+        console.print(f"classes   {', '.join(dataset.classes)}")
+    images, _ = first(batches)
+    sizes = ", ".join(f"{n} {size}" for n, size in zip("NCHW", images.shape, strict=True))
+    console.print(f"batch     {sizes}{' in each process' if batches.parts > 1 else ''}")
+    if batches.augment is not None:
+        console.print(
+            f"augment   each image turned by up to {batches.augment.degrees:g} degrees and "
+            f"shifted by up to {batches.augment.pixels:g} pixels, anew in every epoch"
+        )
     console.print(f"layers    {kind if settings.layers == 'convext' else 'torch, the stock ones'}")
     if settings.device == "cuda":
         console.print(f"device    {torch.cuda.get_device_name()}")
