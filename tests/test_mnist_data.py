@@ -4,15 +4,18 @@ import functools
 import gzip
 import hashlib
 import http.server
+import math
 import struct
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from convext.mnist import data, download
+from convext.mnist.augment import Augmentation
 from convext.mnist.data import DataError, load_data, read_idx
-from convext.mnist.loader import BatchLoader
+from convext.mnist.loader import BatchLoader, first
 
 
 def idx(shape, content=None, magic=b"\0\0\x08", dims=None):
@@ -348,3 +351,121 @@ def test_parts_join_to_the_batches_of_one(parts, training):
 def test_a_data_set_smaller_than_a_batch_is_cut_to_equal_parts():
     shares = [numbers(make_loader(5, 8, drop_last=True, part=part, parts=2)) for part in range(2)]
     assert shares == [[[0, 1]], [[2, 3]]]
+
+
+def test_first_is_the_first_batch_and_leaves_the_loader_where_it_stands():
+    loader = make_loader(count=20, seed=3, drop_last=True)
+    loader.load_state_dict({"epoch": 1, "batch": 2})
+    rest = numbers(make_and_load(loader.state_dict()))
+    images, labels = first(loader)
+    assert labels.tolist() == rest[0]
+    assert torch.equal(images.flatten().long(), labels)
+    assert loader.state_dict() == {"epoch": 1, "batch": 2}
+    assert numbers(loader) == rest
+    assert first([(1, 2), (3, 4)]) == (1, 2)
+
+
+def make_and_load(state):
+    loader = make_loader(count=20, seed=3, drop_last=True)
+    loader.load_state_dict(state)
+    return loader
+
+
+# ---- augmentation ----
+
+
+def make_augmented(count=20, batch_size=6, *, seed=3, augment=None, **options):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 2, 9, 12, generator=generator)
+    augment = augment or Augmentation()
+    loader = BatchLoader(
+        images, torch.arange(count), batch_size, seed=seed, augment=augment, **options
+    )
+    return images, loader
+
+
+def test_moves_depend_on_seed_epoch_and_batch_alone():
+    _, loader = make_augmented()
+    whole = list(loader)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    again = list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, again, strict=True))
+
+    _, fresh = make_augmented()
+    fresh.load_state_dict({"epoch": 0, "batch": 2})
+    assert torch.equal(next(iter(fresh))[0], whole[2][0])
+
+    same = torch.zeros(20, 1, 9, 12)
+    same[:, :, 2, 3] = 1  # each image alike, so that only moves tell batches apart
+    moved = {}
+    for seed, epoch in ((3, 0), (3, 1), (4, 0)):
+        loader = BatchLoader(same, torch.arange(20), 6, seed=seed, augment=Augmentation())
+        loader.epoch = epoch
+        for number, (images, _) in enumerate(loader):
+            moved[seed, epoch, number] = images[0]
+    keys = list(moved)
+    assert all(
+        not torch.equal(moved[one], moved[other])
+        for place, one in enumerate(keys)
+        for other in keys[:place]
+    )
+
+
+def test_moves_change_neither_labels_nor_order():
+    images, loader = make_augmented()
+    plain = BatchLoader(images, torch.arange(20), 6, seed=3)
+    assert numbers(loader) == numbers(plain)
+    _, still = make_augmented(augment=Augmentation(degrees=0, pixels=0))
+    for (moved, _), (found, labels) in zip(loader, still, strict=True):
+        assert torch.allclose(found, images[labels], atol=1e-6)
+        assert moved.shape == found.shape
+        assert not torch.allclose(moved, found, atol=0.1)
+
+
+def test_parts_of_moved_batches_join_to_those_of_one():
+    _, whole = make_augmented(drop_last=True)
+    shares = [make_augmented(drop_last=True, part=part, parts=3)[1] for part in range(3)]
+    for (images, _), *pieces in zip(whole, *shares, strict=True):
+        assert torch.allclose(torch.cat([piece for piece, _ in pieces]), images, atol=1e-6)
+
+
+def test_a_move_is_a_turn_about_the_centre_and_then_a_shift():
+    ndimage = pytest.importorskip("scipy.ndimage", reason="SciPy is not installed")
+    images = torch.rand(3, 2, 9, 14, dtype=torch.float64)
+    moves = torch.tensor([[0.3, 0.0, 0.0], [0.0, 1.5, -2.25], [-0.7, -1.0, 0.5]])
+    found = Augmentation.move(images, moves)
+    centre = np.array([4.0, 6.5])
+    for image, move, moved in zip(images, moves.double().tolist(), found, strict=True):
+        angle, right, down = move
+        # SciPy's rows and columns, from a place in the result to the one that it shows.
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        offset = centre - turn @ (centre + np.array([down, right]))
+        for channel, expected in zip(image, moved, strict=True):
+            theirs = ndimage.affine_transform(
+                channel.numpy(), turn, offset, order=1, mode="nearest"
+            )
+            assert np.allclose(theirs, expected.numpy(), atol=1e-9)
+
+
+def test_positive_moves_are_clockwise_right_and_down():
+    image = torch.zeros(1, 1, 7, 7)
+    image[0, 0, 1, 3] = 1  # above the middle
+    quarter = Augmentation.move(image, torch.tensor([[math.pi / 2, 0.0, 0.0]]))
+    assert quarter[0, 0].round().nonzero().tolist() == [[3, 5]]
+    shifted = Augmentation.move(image, torch.tensor([[0.0, 2.0, 1.0]]))
+    assert shifted[0, 0].round().nonzero().tolist() == [[2, 5]]
+
+
+def test_draws_stay_within_what_was_asked():
+    moves = Augmentation(degrees=30, pixels=4).draw(2000, torch.Generator().manual_seed(0))
+    most = torch.tensor([math.pi / 6, 4, 4])
+    assert (moves.abs() <= most).all()
+    assert (moves.abs().amax(0) > 0.99 * most).all()
+    assert (moves.mean(0).abs() < 0.05 * most).all()
+
+
+def test_moves_need_a_seed():
+    with pytest.raises(ValueError, match="augment needs a seed"):
+        make_augmented(seed=None)

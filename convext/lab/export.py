@@ -72,6 +72,7 @@ def export(
         RuntimeError: a file that does not compute what the model does; nothing is written then.
     """
     import onnx
+    import onnxscript  # noqa: F401  torch.onnx needs it; where it is missing, this says so
     from onnx.reference import ReferenceEvaluator
 
     folder = Path(folder).expanduser()

@@ -92,8 +92,8 @@ def _read_one(path: Path, size: tuple[int, int], mode: str) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # broken files raise whatever they please
-        reason = str(error).removeprefix(f"{path}: ")
-        raise DataError(f"{path}: {reason.splitlines()[0] if reason else error!r}") from error
+        reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
+        raise DataError(f"{path}: {reason.splitlines()[0]}") from error
     pixels = np.asarray(picture)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
