@@ -21,7 +21,7 @@ BRIGHT_BORDER = 0.5
 class Predictions:
     """Class probabilities of some pictures.
 
-    `print` shows a line for each picture, and so does rich.
+    `print` shows a line for each picture, and the notes.
 
     Attributes:
         names: of the pictures' files, N.
@@ -108,7 +108,7 @@ def _notes(names: Sequence[str], images: Tensor, settings: Settings, invert: boo
     notes = []
     empty = images.flatten(1).amax(1) == images.flatten(1).amin(1)
     if empty.any():
-        notes.append(f"of one colour all over: {_named(names, empty)}")
+        notes.append(f"of one colour all over (transparency is left out): {_named(names, empty)}")
     if settings.content is None:  # digits, which are white on black
         edge = torch.ones(images.shape[2:], dtype=torch.bool)
         edge[1:-1, 1:-1] = False
