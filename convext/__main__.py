@@ -17,13 +17,13 @@ from convext.commands import (
     features,
     filter,
     matrix,
+    predict,
     receptive_field,
     show,
     summary,
     trace,
     train,
 )
-from convext.commands import bench, predict, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
