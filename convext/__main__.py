@@ -24,6 +24,7 @@ from convext.commands import (
     trace,
     train,
 )
+from convext.commands import bench, lab, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -62,6 +63,7 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     trace.add,
     show.add,
     features.add,
+    lab.add,
 )
 
 

@@ -9,7 +9,9 @@ import numpy as np
 from convext.inspection.drawing import COLORS, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
     from convext.lab.activation_stats import LayerStats
 
@@ -37,9 +39,19 @@ def color_dim(name: str, stats: LayerStats) -> Figure:
     if stats.histograms is None:
         raise ValueError(f"{name}: color_dim needs histograms, and none were collected")
     figure, axes = new_figure(1, 1, (7, 3))
+    shown = draw_color_dim(axes[0, 0], stats)
+    axes[0, 0].set_xlabel("batch")
+    axes[0, 0].set_ylabel("activation")
+    axes[0, 0].set_title(name, fontsize=10)
+    color_dim_bar(figure, shown, axes[0, 0])
+    return figure
+
+
+def draw_color_dim(axes: Axes, stats: LayerStats) -> AxesImage:
+    """The picture of `color_dim` on axes of the caller's, without labels."""
     shares = stats.histograms / np.maximum(stats.histograms.sum(1, keepdims=True), 1)
     last = stats.batches[-1] + 1 if len(stats.batches) else 1
-    shown = axes[0, 0].imshow(
+    return axes.imshow(
         np.log10(np.maximum(shares.T, 1e-5)),
         origin="lower",
         aspect="auto",
@@ -49,13 +61,13 @@ def color_dim(name: str, stats: LayerStats) -> Figure:
         vmax=0,
         interpolation="nearest",
     )
-    axes[0, 0].set_xlabel("batch")
-    axes[0, 0].set_ylabel("activation")
-    axes[0, 0].set_title(name, fontsize=10)
-    bar = figure.colorbar(shown, ax=axes[0, 0], ticks=range(-5, 1))
+
+
+def color_dim_bar(figure: Figure, shown: AxesImage, axes: Axes | np.ndarray) -> None:
+    """What the colours of `draw_color_dim` mean, beside the axes."""
+    bar = figure.colorbar(shown, ax=axes, ticks=range(-5, 1))
     bar.ax.set_yticklabels(["≤ 0.001%", "0.01%", "0.1%", "1%", "10%", "100%"])
     bar.set_label("share of the batch", fontsize=9)
-    return figure
 
 
 def plot_sched(batches: dict[str, list]) -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -220,20 +221,50 @@ def _fit(
     )
     if world.size > 1:
         callbacks = [*callbacks, DefaultSigterm()]
+    fit(
+        learner,
+        batches,
+        validation,
+        epochs=job.settings.epochs,
+        device=job.settings.device,
+        callbacks=callbacks,
+        checkpoint=job.checkpoint,
+        default_root_dir=job.folder,
+        **trainer_arguments(world),
+    )
+
+
+def fit(
+    learner: Learner,
+    batches: BatchLoader,
+    validation: BatchLoader,
+    *,
+    epochs: int,
+    device: str = "cpu",
+    callbacks: Sequence[pl.Callback] = (),
+    checkpoint: Path | None = None,
+    **options: object,
+) -> None:
+    """Lets Lightning train, and show and write nothing but what the callbacks do.
+
+    Args:
+        batches, validation: on the device already.
+        checkpoint: where to go on from, if anywhere.
+        options: for Lightning's Trainer, besides.
+    """
     with _QuietLightning():
         trainer = pl.Trainer(
-            accelerator=job.settings.device,
-            max_epochs=job.settings.epochs,
-            callbacks=callbacks,
+            accelerator=device,
+            max_epochs=epochs,
+            callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,  # SaveRun does it
             enable_progress_bar=False,  # ProgressBar does it
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            default_root_dir=job.folder,
-            **trainer_arguments(world),
+            **options,
         )
-        trainer.fit(learner, batches, validation, ckpt_path=job.checkpoint, weights_only=True)
+        trainer.fit(learner, batches, validation, ckpt_path=checkpoint, weights_only=True)
 
 
 def _announce(
