@@ -95,7 +95,10 @@ def _run(experiment, args: argparse.Namespace) -> None:
             )
         except InterruptError:
             raise KeyboardInterrupt("Interrupted: nothing was written") from None
-    show(results, *(f"{paragraph}\n" for paragraph in below(results)))
+    if sys.stdout.isatty():
+        show(results, *(f"{paragraph}\n" for paragraph in below(results)))
+    else:  # without a width of its own, where rich would take 80 columns
+        print(f"{results}\n")
     picture = f"{experiment.name}.png"
     write(folder / f"{experiment.name}.json", results.save)
     write(folder / picture, lambda path: results.plot().savefig(path))

@@ -36,11 +36,13 @@ class Metric:
         title: the column's head.
         write: a value as text.
         unit: after mean and spread.
+        missing: instead of a mean that is not finite.
     """
 
     title: str
     write: Callable[[float], str]
     unit: str = ""
+    missing: str = "not finite"
 
 
 METRICS = {
@@ -48,12 +50,12 @@ METRICS = {
     "valid_loss": Metric("valid loss", lambda x: f"{x:.4f}"),
     "train_loss": Metric("train loss", lambda x: f"{x:.4f}"),
     "train_seconds": Metric("train seconds", lambda x: f"{x:.2f}"),
-    "time_ratio": Metric("time ratio", lambda x: f"{x:.2f}"),
+    "time_ratio": Metric("CPU time ratio", lambda x: f"{x:.2f}"),
     "updates": Metric("updates", lambda x: f"{x:,.0f}"),
     "parameters": Metric("parameters", lambda x: f"{x:,.0f}"),
     "multiplications": Metric("multiplications", lambda x: f"{x:,.0f}"),
     "near_zero": Metric("near zero", lambda x: f"{100 * x:.1f}", " %"),
-    "noise_scale": Metric("noise scale", lambda x: f"{x:,.0f}"),
+    "noise_scale": Metric("noise scale", lambda x: f"{x:,.0f}", missing="hidden by noise"),
 }
 
 
@@ -139,12 +141,12 @@ class Results:
     def values(self, label: str, metric: str) -> np.ndarray:
         """A metric of each of a variant's runs (seeds,).
 
-        "time_ratio" is the run's train_seconds by those of the first trained variant from the same
-        seed, the one that was trained just before or after it.
+        "time_ratio" is the run's cpu_seconds by those of the first trained variant from the same
+        seed, which was trained shortly before.
         """
         if metric == "time_ratio":
-            base = self.values(self.trained[0], "train_seconds")
-            return self.values(label, "train_seconds") / base
+            base = self.values(self.trained[0], "cpu_seconds")
+            return self.values(label, "cpu_seconds") / base
         return np.array([run.figures.get(metric, math.nan) for run in self.of(label)])
 
     def mean(self, label: str, metric: str) -> float:
@@ -166,22 +168,21 @@ class Results:
         how = METRICS[metric]
         mean, spread = self.mean(label, metric), self.spread(label, metric)
         if not math.isfinite(mean):
-            return "not finite"
+            return how.missing
         if not math.isfinite(spread) or spread == 0:
             return how.write(mean) + how.unit
         return f"{how.write(mean)} ± {how.write(spread)}{how.unit}"
 
     def sentence(self, first: str, second: str) -> str:
-        """Whether the accuracies of two variants differ, for people."""
+        """By how much the accuracies of two variants differ, and the standard error of that."""
         found = self.compare(first, second)
-        text = f"{second} against {first}: {100 * found.difference:+.2f} points of accuracy"
+        text = f"{second} against {first}: {100 * found.difference:+.2f}"
         if len(self.seeds) == 1:
-            return f"{text}, of which one seed says little."
+            return f"{text} points of accuracy, of which one seed says little."
+        text = f"{text} ± {100 * found.error:.2f} points of accuracy"
         if not found.clear:
             return f"{text}, which {len(self.seeds)} seeds cannot tell from chance."
-        if found.error == 0:
-            return f"{text}, the same from every seed."
-        return f"{text}, {abs(found.difference) / found.error:.0f} standard errors."
+        return f"{text}."
 
     # ---- showing and keeping it ----
 

@@ -65,7 +65,7 @@ def _draw_time(axes: Axes, results: Results) -> None:
     _draw_points(axes, results, values)
     axes.set_yticks(range(len(results.trained)), [""] * len(results.trained))
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"train seconds, of those of {results.trained[0]}")
+    axes.set_xlabel(f"CPU time, {results.trained[0]} being 1")
 
 
 def _draw_loss(axes: Axes, results: Results) -> None:

@@ -1,7 +1,8 @@
-"""How much the gradients of small batches differ from the gradient of all images."""
+"""How much the gradients of batches differ from the gradient of all images."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -41,11 +42,11 @@ def gradient_noise(
     """Estimates gradient and noise from the gradients of batches and of all of them together.
 
     McCandlish, Kaplan, Amodei et al., An Empirical Model of Large-Batch Training (2018), appendix
-    A.1. The model runs in eval mode, in which an image's loss does not depend on the others in its
-    batch, and is left as it was.
+    A.1. With batch norm in training mode the gradient depends on the batch size, too: `small` is to
+    be that of the training.
 
     Args:
-        model: from images to class scores.
+        model: from images to class scores. A copy of it runs, in the mode that it is in.
         images: (N, C, H, W). What is left over after the last whole batch isn't used.
         labels: (N,), int64.
         small: images in a batch.
@@ -56,24 +57,20 @@ def gradient_noise(
     count = len(images) // small
     if count < 2:
         raise ValueError(f"images must make two batches of {small} or more, got {len(images)}")
-    training = model.training
-    model.eval()
-    try:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        total = [torch.zeros_like(p) for p in parameters]
-        small_squared = 0.0
-        with torch.enable_grad():
-            for number in range(count):
-                part = slice(number * small, (number + 1) * small)
-                loss = F.cross_entropy(model(images[part]), labels[part])
-                gradients = torch.autograd.grad(loss, parameters)
-                small_squared += _squared(gradients) / count
-                for mean, gradient in zip(total, gradients, strict=True):
-                    mean += gradient / count
-    finally:
-        model.train(training)
+    model = copy.deepcopy(model)  # batch norm's running statistics change
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    means = [torch.zeros_like(p) for p in parameters]
+    small_squared = 0.0
+    with torch.enable_grad():
+        for number in range(count):
+            part = slice(number * small, (number + 1) * small)
+            loss = F.cross_entropy(model(images[part]), labels[part])
+            gradients = torch.autograd.grad(loss, parameters)
+            small_squared += _squared(gradients) / count
+            for mean, gradient in zip(means, gradients, strict=True):
+                mean += gradient / count
     large = count * small
-    large_squared = _squared(total)
+    large_squared = _squared(means)
     return GradientNoise(
         squared=(large * large_squared - small * small_squared) / (large - small),
         trace=(small_squared - large_squared) / (1 / small - 1 / large),
@@ -89,16 +86,17 @@ class MeasureNoise(pl.Callback):
 
     Attributes:
         noise: the result, None before.
-        seconds: that it took, which the learner's clock counts as training.
+        seconds, cpu_seconds: that it took, which clocks outside count as training.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, step: int, small: int) -> None:
         self._images, self._labels, self._step, self._small = images, labels, step, small
         self.noise: GradientNoise | None = None
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         if trainer.global_step == self._step:
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             self.noise = gradient_noise(module.model, self._images, self._labels, self._small)
             self.seconds = time.perf_counter() - started
+            self.cpu_seconds = time.process_time() - worked

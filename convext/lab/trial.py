@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ from convext.mnist.train import VALID_BATCH, fit
 
 SCHEDULES = ("1cycle", "1cycle, constant momentum", "constant")
 CONSTANT_MOMENTUM = 0.9  # Adam's beta1 where it is not cycled, fastai's too
-NOISE_IMAGES, NOISE_BATCH = 4096, 64  # at most so many images, in batches of so many
+NOISE_IMAGES = 8192  # the gradient noise is measured on about so many
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Run:
     Attributes:
         variant: its label.
         seed: of the weights and of the images' order.
-        figures: accuracy, valid_loss, train_loss, train_seconds (of the steps alone), updates,
+        figures: accuracy, valid_loss, train_loss, train_seconds (of the steps alone), cpu_seconds
+            (the same by the process's clock, which stands while other processes run), updates,
             parameters, multiplications (of one image); near_zero and noise_scale where the
             experiment measures them.
         history: the learner's rows, one for each epoch.
@@ -128,6 +131,19 @@ class _ScheduledLearner(Learner):
         return configured
 
 
+class _CpuTime(pl.Callback):
+    """The seconds that this process's threads work in the steps of training."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.seconds -= time.process_time()
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.seconds += time.process_time()
+
+
 def refusal(variant: Variant, dataset: Dataset) -> str | None:
     """What PyTorch or convext says instead of making a first step, None where it makes one."""
     images, labels = dataset.train.images[: variant.batch_size], dataset.train.labels
@@ -164,22 +180,25 @@ def run_variant(
     train, valid = dataset.train, dataset.valid
     batches = BatchLoader(train.images, train.labels, variant.batch_size, seed=seed, drop_last=True)
     learner = _ScheduledLearner(variant, total_steps=epochs * len(batches))
-    described = summary(learner.model, (1, *train.images.shape[1:]))
+    # Of two images, since with one group norm would refuse a map of 1x1.
+    described = summary(learner.model, (2, *train.images.shape[1:]))
 
     recorder = Recorder()
-    callbacks = [RecordRun(recorder)]
+    cpu = _CpuTime()
+    callbacks = [RecordRun(recorder), cpu]
     stats = probe = None
     if near_zero or histograms:
         deepest = [name for name, _ in learner.model.named_children() if "relu" in name][-1]
         stats = ActivationStats(learner.model, [deepest], histograms=histograms)
         callbacks.append(CollectActivations(stats))
     if noise:
-        some = slice(0, min(NOISE_IMAGES, len(train)))
+        small = min(variant.batch_size, len(train) // 2)
+        some = slice(0, max(NOISE_IMAGES, 2 * small))
         probe = MeasureNoise(
             train.images[some],
             train.labels[some],
             step=max(1, learner.total_steps // 2),
-            small=min(NOISE_BATCH, len(train) // 2),
+            small=small,
         )
         callbacks.append(probe)
 
@@ -190,12 +209,14 @@ def run_variant(
     figures = {
         **{name: history[-1][name] for name in ("accuracy", "valid_loss", "train_loss")},
         "train_seconds": sum(row["train_seconds"] for row in history),
+        "cpu_seconds": cpu.seconds,
         "updates": len(recorder),
         "parameters": described.parameters,
         "multiplications": described.multiplications,
     }
     if probe is not None:
         figures["train_seconds"] -= probe.seconds
+        figures["cpu_seconds"] -= probe.cpu_seconds
         figures["noise_scale"] = probe.noise.scale
     activations = None
     if stats is not None:
