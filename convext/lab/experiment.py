@@ -106,14 +106,14 @@ class Results:
     """What an experiment's runs gave.
 
     Attributes:
-        experiment: its name.
+        experiment: which one.
         settings: data, images, epochs, threads, versions.
         labels: of all variants, in order.
         runs: one for each variant and seed, in the order they were made.
         refused: variants that make no step, and the error that says why.
     """
 
-    experiment: str
+    experiment: Experiment
     settings: dict
     labels: tuple[str, ...]
     runs: tuple[Run, ...]
@@ -214,7 +214,10 @@ class Results:
         write_json(
             Path(path),
             {
-                "experiment": self.experiment,
+                "experiment": self.experiment.name,
+                "question": self.experiment.question,
+                "claim": self.experiment.claim,
+                "measured": self.experiment.measured(self),
                 "settings": self.settings,
                 "labels": list(self.labels),
                 "refused": self.refused,
@@ -225,14 +228,18 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote of one of `convext lab`'s experiments.
 
         Raises:
             OSError, ValueError, KeyError: it is not there, or not written by `save`.
         """
+        from convext.lab.experiments import EXPERIMENTS
+
         found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if found["experiment"] not in EXPERIMENTS:
+            raise ValueError(f"{path}: no experiment is called {found['experiment']!r}")
         return cls(
-            experiment=found["experiment"],
+            experiment=EXPERIMENTS[found["experiment"]],
             settings=found["settings"],
             labels=tuple(found["labels"]),
             runs=tuple(map(Run.from_json, found["runs"])),
@@ -304,7 +311,7 @@ def run_experiment(
             "python": platform.python_version(),
         },
     }
-    return Results(experiment.name, settings, tuple(variants), tuple(runs), refused)
+    return Results(experiment, settings, tuple(variants), tuple(runs), refused)
 
 
 def _train_all(

@@ -10,7 +10,6 @@ import numpy as np
 from convext.inspection.drawing import COLORS, new_figure
 from convext.lab.charts import color_dim_bar, draw_color_dim, smoothed
 from convext.lab.experiment import Results
-from convext.lab.experiments import EXPERIMENTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 def plot_results(results: Results) -> Figure:
     """The panels that the experiment asks for, or the histograms of every variant."""
-    panels = EXPERIMENTS[results.experiment].panels
+    panels = results.experiment.panels
     if panels == ("color_dim",):
         return _plot_color_dim(results)
     count = len(results.trained)

@@ -6,7 +6,6 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from convext.lab.experiment import METRICS, Results
-from convext.lab.experiments import EXPERIMENTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 def cells(results: Results) -> list[tuple[str, ...]]:
     """The head, and a row for each variant that was trained."""
-    metrics = EXPERIMENTS[results.experiment].metrics
+    metrics = results.experiment.metrics
     head = ("variant", *(METRICS[metric].title for metric in metrics))
     rows = [
         (label, *(results.cell(label, metric) for metric in metrics)) for label in results.trained
@@ -53,11 +52,14 @@ def table(results: Results) -> Table:
 
 
 def markdown(results: Results, picture: str) -> str:
-    """A section of a page: question, claim, table, picture, what was measured."""
+    """A section of a page: question, command, claim, table, picture, what was measured."""
     head, *rows = cells(results)
-    experiment = EXPERIMENTS[results.experiment]
+    experiment, found = results.experiment, results.settings
     lines = [
         f"## {experiment.name}: {experiment.question}",
+        f"    convext lab {experiment.name} --data {found['data']} --seeds {found['seeds']} "
+        f"--epochs {found['epochs']} --train-images {found['train_images']} "
+        f"--threads {found['threads']}",
         f"The lesson says: {experiment.claim}",
         "\n".join(
             [
@@ -75,7 +77,7 @@ def markdown(results: Results, picture: str) -> str:
 
 def title(results: Results) -> str:
     """Question and setting."""
-    return f"{EXPERIMENTS[results.experiment].question} {setting(results)}"
+    return f"{results.experiment.question} {setting(results)}"
 
 
 def setting(results: Results) -> str:
@@ -89,7 +91,7 @@ def setting(results: Results) -> str:
 
 def below(results: Results) -> list[str]:
     """Claim, what was measured, what was refused; a paragraph each."""
-    experiment = EXPERIMENTS[results.experiment]
+    experiment = results.experiment
     return [
         f"The lesson says: {experiment.claim}",
         f"Measured: {experiment.measured(results)}",
