@@ -347,8 +347,15 @@ def _train_all(
                 histograms="color_dim" in experiment.panels,
                 noise="noise_scale" in experiment.metrics,
             )
-            if seed > 0:
-                run = replace(run, activations=None)  # one seed's picture is enough
             runs.append(run)
             told(run)
-    return runs, refused
+    return [_without_picture(run, runs) for run in runs], refused
+
+
+def _without_picture(run: Run, runs: list[Run]) -> Run:
+    """The run without its histograms, unless it is its variant's worst: one picture is enough."""
+    worst = min(
+        (other for other in runs if other.variant == run.variant),
+        key=lambda other: other.figures["accuracy"],
+    )
+    return run if run is worst else replace(run, activations=None)

@@ -101,17 +101,18 @@ def _plain_log_ticks(axis: Axis) -> None:
 
 
 def _plot_color_dim(results: Results) -> Figure:
-    """The histograms of the deepest activation, of the first seed, a panel for each variant."""
-    shown = [label for label in results.trained if results.of(label)[0].activations is not None]
+    """The histograms of the deepest activation, a panel for each variant: its worst run's."""
+    shown = [run for run in results.runs if run.activations is not None]
+    shown.sort(key=lambda run: results.labels.index(run.variant))
     columns = 2
     rows = -(-len(shown) // columns)
     figure, axes = new_figure(rows, columns, (10, 2.1 * rows + 0.5))
     for place in axes.flat[len(shown) :]:
         place.set_axis_off()
-    for place, label in zip(axes.flat, shown, strict=False):
-        drawn = draw_color_dim(place, results.of(label)[0].activations)
-        accuracy = results.of(label)[0].figures["accuracy"]
-        place.set_title(f"{label}: accuracy {accuracy:.1%}", fontsize=9)
+    for place, run in zip(axes.flat, shown, strict=False):
+        drawn = draw_color_dim(place, run.activations)
+        accuracy = f"accuracy {run.figures['accuracy']:.1%}"
+        place.set_title(f"{run.variant}, seed {run.seed}: {accuracy}", fontsize=9)
     for place in axes[:, 0]:
         place.set_ylabel("activation", fontsize=9)
     for place in axes[-1]:

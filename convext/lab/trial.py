@@ -63,7 +63,8 @@ class Run:
             experiment measures them.
         history: the learner's rows, one for each epoch.
         losses: of each step's batch.
-        activations: the deepest activation's statistics, where the experiment shows them.
+        activations: the deepest activation's statistics, where the experiment shows them, of the
+            variant's worst run.
     """
 
     variant: str

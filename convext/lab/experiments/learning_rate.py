@@ -6,6 +6,8 @@ from convext.lab.experiment import Experiment, Results
 from convext.lab.networks import Network
 from convext.lab.trial import Variant
 
+DEAD = 0.98  # a share near zero that is a collapse: a healthy ReLU's is up to 85 % here
+
 
 def _variants(batch_size: int, lr: float) -> dict[str, Variant]:
     # Without norm, which would hide what a rate does.
@@ -27,17 +29,19 @@ def _variants(batch_size: int, lr: float) -> dict[str, Variant]:
 
 def _measured(results: Results) -> str:
     cycled, fixed, constant, *_ = results.trained
-    dead = [label for label in results.trained if results.mean(label, "near_zero") > 0.98]
+    dead = {
+        label: int((results.values(label, "near_zero") > DEAD).sum()) for label in results.trained
+    }
     said = [
         results.sentence(cycled, constant),
         results.sentence(cycled, fixed),
         *(results.sentence(cycled, label) for label in results.trained[3:]),
     ]
-    if dead:
-        said.append(
-            f"Collapsed, with more than 98 % of the deepest activations near zero at the end: "
-            f"{'; '.join(dead)}."
-        )
+    found = [f"{label} from {n} of {len(results.seeds)} seeds" for label, n in dead.items() if n]
+    said.append(
+        f"With more than {DEAD:.0%} of the deepest activations near zero at the end: "
+        f"{', '.join(found) or 'none'}."
+    )
     return " ".join(said)
 
 
