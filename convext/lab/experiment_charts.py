@@ -24,7 +24,7 @@ def plot_results(results: Results) -> Figure:
         return _plot_color_dim(results)
     count = len(results.trained)
     height = max(3.2, 1.4 + 0.36 * count)
-    figure, axes = new_figure(1, len(panels), (5.2 * len(panels), height))
+    figure, axes = new_figure(1, len(panels), (4.8 + 2.8 * len(panels), height))
     draw = {"error": _draw_error, "loss": _draw_loss, "time": _draw_time}
     for place, panel in zip(axes[0], panels, strict=True):
         draw[panel](place, results)
@@ -71,14 +71,15 @@ def _draw_loss(axes: Axes, results: Results) -> None:
     """Against images seen, since steps are not of one size; colours are the error panel's."""
     colors = _colors(results)
     top = 0.0
-    for label in results.trained:
+    for number, label in enumerate(results.trained):
         losses = [np.array(run.losses, dtype=float) for run in results.of(label)]
         size = results.settings["batch_sizes"][label]
         images = size * np.arange(1, len(losses[0]) + 1) / 1000
         # About as many images in the running mean, whatever the size of a step.
         beta = min(0.9, 0.9 ** (size * 117 / 60_000)) if len(images) > 40 else 0.5
         curves = np.array([smoothed(loss, beta) for loss in losses])
-        axes.plot(images, curves.mean(0), color=colors[label], linewidth=1.4, label=label)
+        width = max(1.2, 3 - 0.9 * number)  # so that a curve below another is seen
+        axes.plot(images, curves.mean(0), color=colors[label], linewidth=width)
         axes.fill_between(
             images, curves.min(0), curves.max(0), color=colors[label], alpha=0.15, linewidth=0
         )

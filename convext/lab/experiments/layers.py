@@ -24,7 +24,7 @@ def _measured(results: Results) -> str:
     last = max(float(each[-1]) for each in apart)
     return (
         f"{results.sentence('torch', 'convext')} From the same seed the losses of the first step "
-        f"differ by {first:.0e} of themselves at most, those of the last by {last:.0e}. PyTorch's "
+        f"differ by {first:.1g} of themselves at most, those of the last by {last:.1g}. PyTorch's "
         f"layers take {results.cell('torch', 'time_ratio')} times as long as convext's."
     )
 
