@@ -13,7 +13,7 @@ def _variants(batch_size: int, lr: float) -> dict[str, Variant]:
     widths = (
         (8, 16, 32, 64),
         (8, 8, 8, 8),
-        (11, 11, 11, 11),  # about as many multiplications as doubled
+        (16, 16, 16, 16),  # about as many multiplications as doubled
         (31, 31, 31, 31),  # about as many parameters
     )
     return {
