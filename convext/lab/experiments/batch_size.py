@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from convext.lab.experiment import METRICS, Experiment, Results
+from convext.lab.experiment import Experiment, Results
 from convext.lab.networks import Network
 from convext.lab.trial import Variant
 
@@ -28,17 +28,21 @@ def _measured(results: Results) -> str:
     base = results.trained[0]
     sizes = [label for label in results.trained if not label.startswith(_WITHOUT)]
     small, large = (label for label in results.trained if label.startswith(_WITHOUT))
-    scale = results.mean(base, "noise_scale")
-    noise = (
-        f"Half-way through, with batches of {base}, the gradient noise scale is "
-        f"{METRICS['noise_scale'].write(scale)} images: a step's relative squared error is that by "
-        f"the batch size, {scale / min(map(int, sizes)):.2g} with {min(sizes, key=int)} and "
-        f"{scale / max(map(int, sizes)):.2g} with {max(sizes, key=int)}."
-        if math.isfinite(scale)
-        else "Half-way through, the noise hides the gradient of the images looked at."
-    )
     compared = (results.sentence(base, label) for label in sizes[1:])
-    return " ".join([*compared, noise, results.sentence(small, large)])
+    errors = (
+        f"{results.mean(label, 'noise_scale') / int(label):.1f} with {label}"
+        for label in sorted(sizes, key=int)
+        if math.isfinite(results.mean(label, "noise_scale"))
+    )
+    return " ".join(
+        [
+            *compared,
+            "Half-way through, where each has come to by then, the noise in a step's gradient, "
+            "squared and by the gradient's squared length, which is the noise scale by the batch "
+            f"size, is {', '.join(errors) or 'beyond measure'}.",
+            results.sentence(small, large),
+        ]
+    )
 
 
 EXPERIMENT = Experiment(
