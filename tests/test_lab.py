@@ -4,6 +4,7 @@ Runs are on a hundred digits, where a variant takes a tenth of a second.
 """
 
 import dataclasses
+import io
 import json
 import math
 
@@ -109,6 +110,16 @@ def test_time_ratio_is_seed_by_seed():
     )
     assert results.values("a", "time_ratio").tolist() == [1, 1]
     assert results.values("b", "time_ratio").tolist() == [1.5, 0.5]
+
+
+def test_rich_shows_the_same_table():
+    rich = pytest.importorskip("rich.console", reason="tables in colour need rich")
+    results = made({"a": [{"accuracy": 0.5, "valid_loss": 0.25, "cpu_seconds": 1.0}]})
+    console = rich.Console(width=200, record=True, file=io.StringIO())
+    console.print(results)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["variant", "accuracy", "valid", "loss", "CPU", "time", "ratio"] in lines
+    assert ["a", "50.00", "%", "0.2500", "1.00"] in lines
 
 
 def test_what_is_not_finite_is_said():

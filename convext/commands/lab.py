@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convext.errors import UserError
+
+if TYPE_CHECKING:
+    from convext.lab.experiment import Experiment
+    from convext.lab.trial import Run
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -56,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     _run(EXPERIMENTS[args.name], args)
 
 
-def _run(experiment, args: argparse.Namespace) -> None:
+def _run(experiment: Experiment, args: argparse.Namespace) -> None:
+    import matplotlib  # noqa: F401  where it is missing, that is said before the work
+
     from convext.commands.arguments import show, write
     from convext.lab.experiment import run_experiment
     from convext.lab.experiment_table import below, markdown
@@ -73,7 +80,7 @@ def _run(experiment, args: argparse.Namespace) -> None:
     if dataset.note:
         print(dataset.note, file=sys.stderr)
 
-    def tell(run) -> None:
+    def tell(run: Run) -> None:
         found = run.figures
         print(
             f"seed {run.seed}, {run.variant}: {found['accuracy']:.2%}, "
