@@ -16,6 +16,7 @@ from convext.commands import (
     bench,
     features,
     filter,
+    lab,
     matrix,
     predict,
     receptive_field,
@@ -24,7 +25,6 @@ from convext.commands import (
     trace,
     train,
 )
-from convext.commands import bench, lab, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -55,6 +55,7 @@ class _Parser(argparse.ArgumentParser):
 COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     train.add,
     predict.add,
+    lab.add,
     bench.add,
     summary.add,
     receptive_field.add,
@@ -63,7 +64,6 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     trace.add,
     show.add,
     features.add,
-    lab.add,
 )
 
 
