@@ -25,6 +25,7 @@ from convext.commands import (
     trace,
     train,
 )
+from convext.commands import bench, features, filter, matrix, report, show, trace, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -56,6 +57,8 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     train.add,
     predict.add,
     lab.add,
+    report.add,
+    trace.add,
     bench.add,
     summary.add,
     receptive_field.add,

@@ -15,8 +15,8 @@ from convext.__main__ import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
     *("--epochs", "--batch-size", "--lr", "--seed", "--data", "--data-dir", "--layers"),
+    *("--algorithm", "--device", "--devices", "--threads", "--no-report", "--out", "--resume"),
     *("--image-size", "--augment"),
-    *("--algorithm", "--device", "--devices", "--threads", "--out", "--resume"),
 )
 
 
@@ -164,10 +164,10 @@ def test_a_missing_extra_is_named(module, extra):
 def test_train_then_resume_from_the_command_line(tmp_path):
     run = tmp_path / "run"
     args = ["train", "--data", "digits", "--layers", "torch", "--threads", 1, "--epochs", 1]
-    out, err = convext(*args, "--out", run).communicate()
+    out, err = convext(*args, "--no-report", "--out", run).communicate()
     assert err == ""
     assert f"{run}/last.ckpt" in out
-    out, err = convext("train", "--resume", run, "--epochs", 2).communicate()
+    out, err = convext("train", "--resume", run, "--epochs", 2, "--no-report").communicate()
     assert err == ""
     assert len(json.loads((run / "metrics.json").read_text())["history"]) == 2
 

@@ -167,7 +167,7 @@ def test_one_process_needs_no_group():
 # ---- convext train with several ----
 
 # A small rate, and few steps: AdamW lets differences of rounding grow quickly.
-FEW_STEPS = {"data": "digits", "batch_size": 360, "lr": 1e-3, "threads": 2}
+FEW_STEPS = {"data": "digits", "batch_size": 360, "lr": 1e-3, "threads": 2, "report": False}
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,7 @@ def run(tmp_path):
 
     def run(name, **options):
         defaults = {"data": "digits", "threads": 1, "layers": "torch", "out": tmp_path / name}
+        defaults["report"] = False
         train(Options(**{**defaults, **options}))
         return tmp_path / name
 
@@ -209,7 +210,7 @@ def test_a_loss_that_diverged_is_still_json(run):
 def test_the_default_folder_is_new_each_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
-        train(Options(data="digits", layers="torch", epochs=1, threads=1))
+        train(Options(data="digits", layers="torch", epochs=1, threads=1, report=False))
         assert metrics(Path(f"runs/digits-torch-00{number}"))["epochs"] == 1
 
 
@@ -239,7 +240,7 @@ def test_resuming_gives_the_bits_of_the_run_that_was_not_stopped(run, monkeypatc
     stopped = straight.parent / "stopped"
     assert len(metrics(stopped)["history"]) == kept
     torch.manual_seed(99)  # whatever happened in between
-    train(Options(resume=stopped))
+    train(Options(resume=stopped, report=False))
     assert_same_run(straight, stopped)
     assert metrics(stopped).keys() == metrics(straight).keys()
 
@@ -253,7 +254,7 @@ def test_interrupted_before_anything_was_kept(run, monkeypatch, tmp_path):
 
 def test_going_on_beyond_the_end_spreads_the_schedule_over_all_epochs(run, tmp_path):
     first = run("run", epochs=1)
-    train(Options(resume=first / "last.ckpt", epochs=3, out=tmp_path / "longer"))
+    train(Options(resume=first / "last.ckpt", epochs=3, out=tmp_path / "longer", report=False))
     longer, straight = checkpoint(tmp_path / "longer"), checkpoint(run("straight", epochs=3))
     assert len(longer["history"]) == 3
     for key in ("total_steps", "last_epoch", "_last_lr", "_schedule_phases"):
@@ -271,7 +272,7 @@ def test_resuming_a_finished_run_writes_its_metrics_again(run, capsys):
     folder = run("run", epochs=1)
     before = metrics(folder)
     (folder / "metrics.json").unlink()
-    train(Options(resume=folder))
+    train(Options(resume=folder, report=False))
     assert metrics(folder) == before
     assert "Nothing left to train" in capsys.readouterr().out
 
@@ -329,6 +330,7 @@ def test_one_epoch_of_mnist_reaches_98_percent_with_either_layers(tmp_path, seed
                 data_dir=mnist_folder(),
                 layers=layers,
                 out=folder,
+                report=False,
             )
         )
         accuracy[layers] = metrics(folder)["accuracy"]

@@ -94,7 +94,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
     """What a reader must know of the machine and the software to judge the figures."""
     built = build_info()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": _usable_cores(),
         "caches": _caches(),
@@ -121,7 +121,8 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system tells it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

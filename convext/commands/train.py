@@ -11,7 +11,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="train the lesson's CNN on MNIST",
         description="Trains the lesson's CNN on MNIST, or where MNIST can't be had on "
         "scikit-learn's digits, or on pictures of your own. Writes last.ckpt and metrics.json into "
-        "the run's folder.",
+        "the run's folder, and at the end report.html (for a run that was interrupted, see convext "
+        "report).",
     )
     add = parser.add_argument
     add("--epochs", type=int, metavar="N", help="(default: 1; digits, a folder: 10)")
@@ -79,6 +80,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         choices=("histograms", "numbers", "off"),
         help="of each layer's activations in each batch; numbers are mean, standard deviation and "
         "share near zero (default: histograms)",
+    )
+    add(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="write no report.html at the end, which takes some seconds",
     )
     add("--out", metavar="DIR", help="the run's folder (default: a new one in runs/)")
     add(

@@ -21,6 +21,7 @@ METRICS = "metrics.json"
 ACTIVATIONS = "activations.npz"
 RECORD = "record.json"
 BATCHES = "record.csv"
+REPORT = "report.html"
 
 
 def new_run_folder(out: str | Path | None, name: str) -> Path:
@@ -78,6 +79,24 @@ def load_checkpoint(path: str | Path, option: str = "--resume") -> tuple[Path, d
     if not isinstance(checkpoint, dict) or "convext" not in checkpoint:
         raise UserError(f"{option}: {path}: not a checkpoint of convext train")
     return path, checkpoint
+
+
+def read_metrics(folder: Path, option: str) -> dict:
+    """Reads a run's metrics.json.
+
+    Raises:
+        UserError: it is not there, or none that `convext train` wrote.
+    """
+    path = folder / METRICS
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{option}: {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{option}: {path}: not JSON") from error
+    if not isinstance(metrics, dict) or not metrics.get("history"):
+        raise UserError(f"{option}: {path}: not written by convext train")
+    return metrics
 
 
 def load_trained(path: str | Path, option: str) -> tuple[Settings, nn.Sequential]:

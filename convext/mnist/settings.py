@@ -34,7 +34,8 @@ class Options:
     algorithm: for convext's convolutions; device: "cpu", "cuda" or "auto"; devices: processes,
     which share every batch; batch_size, threads: of all processes together; out: the run's folder;
     resume: a run's folder or checkpoint to go on from; stats: of activations, "off", "numbers" or
-    "histograms". The others say themselves what they are.
+    "histograms"; report: whether to write report.html at the end. The others say themselves what
+    they are.
     """
 
     epochs: int | None = None
@@ -51,6 +52,7 @@ class Options:
     out: str | Path | None = None
     resume: str | Path | None = None
     stats: str | None = None
+    report: bool = True
     image_size: tuple[int, int] | None = None
     colour: bool | None = None
     augment: bool | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ from convext.mnist.processes import World
 from convext.mnist.run_folder import (
     ACTIVATIONS,
     METRICS,
+    REPORT,
     load_checkpoint,
     new_run_folder,
     writable_folder,
@@ -63,12 +65,14 @@ class Job:
 
     Attributes:
         checkpoint: where to go on from, if anywhere.
+        report: whether the first process writes one at the end.
     """
 
     settings: Settings
     dataset: Dataset
     folder: Path
     checkpoint: Path | None
+    report: bool
 
 
 def train(options: Options, console: Console | None = None) -> dict | None:
@@ -117,7 +121,7 @@ def _prepare(options: Options, world: World | None = None) -> Job:
         folder = new_run_folder(options.out, f"{Path(settings.data).name}-{settings.layers}")
     else:
         folder = writable_folder(Path(options.out).expanduser() if options.out else path.parent)
-    return Job(settings, dataset, folder, path)
+    return Job(settings, dataset, folder, path, options.report)
 
 
 def _lead(world: World, job: Job, console: Console) -> dict:
@@ -161,7 +165,23 @@ def _lead(world: World, job: Job, console: Console) -> dict:
         console.print(f"Nothing left to train: {count(settings.epochs, 'epoch')} done already")
     console.print(f"\n{folder}/last.ckpt: to go on from, with --resume {folder} --epochs N")
     console.print(f"{folder}/{METRICS}: these figures, for programs")
+    if job.report and _wrote_report(job):
+        console.print(f"{folder}/{REPORT}: all of it, for people")
     return metrics
+
+
+def _wrote_report(job: Job) -> bool:
+    """Writes it; where that fails, says so on stderr, for the run itself is kept already."""
+    try:
+        from convext.lab.report import write_report
+
+        write_report(job.folder, job.dataset)
+    except Exception as error:  # whatever it is, the figures must be returned
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        again = f"convext report {job.folder}"
+        print(f"convext train: no {REPORT}: {reason} (try again: {again})", file=sys.stderr)
+        return False
+    return True
 
 
 def _activation_stats(settings: Settings, model: nn.Module) -> ActivationStats | None:
