@@ -88,6 +88,7 @@ def stages(folder: Path, data_dir: str | None) -> list[Stage]:
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     spread = ["-n", str(min(12, os.cpu_count() or 1))] if _has("xdist") else []
     train = [*python, "-m", "convext", "train", "--device", "cuda", "--epochs", "1"]
+    train += ["--no-report"]  # which may need what is not installed here
     train += ["--data-dir", data_dir] if data_dir else []
     bench = [*python, "-m", "convext", "bench", "--device", "cuda", "--groups"]
     bench += ["mnist", "resnet50", "mobilenet", "batchnorm", "block", "step", "--batch", "64"]

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import distributed_worker
@@ -167,7 +168,8 @@ def test_one_process_needs_no_group():
 # ---- convext train with several ----
 
 # A small rate, and few steps: AdamW lets differences of rounding grow quickly.
-FEW_STEPS = {"data": "digits", "batch_size": 360, "lr": 1e-3, "threads": 2, "report": False}
+RUN_FILES = {"last.ckpt", "metrics.json", "record.json", "record.csv", "activations.npz"}
+FEW_STEPS = {"data": "digits", "batch_size": 360, "lr": 1e-3, "threads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +228,7 @@ def assert_near_run(folder, expected, **changed):
 def runs(tmp_path_factory):
     """A folder with the same run by one process and by two, and what the latter printed."""
     folder, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
-    train(Options(**FEW_STEPS, epochs=1, out=folder / "one"))
+    train(Options(**FEW_STEPS, epochs=1, out=folder / "one", report=False))
     train(Options(**FEW_STEPS, epochs=1, devices=2, out=folder / "two"), Console(file=printed))
     return folder, printed.getvalue()
 
@@ -236,7 +238,7 @@ def test_two_processes_train_as_one_does(runs):
     folder, printed = runs
     assert "processes 2, each with 180 images of every batch; batch norm over all" in printed
     assert printed.count("epoch    accuracy") == 1
-    assert {p.name for p in (folder / "two").iterdir()} == {"last.ckpt", "metrics.json"}
+    assert {p.name for p in (folder / "two").iterdir()} == {*RUN_FILES, "report.html"}
     assert_near_run(folder / "two", folder / "one", devices=2)
 
 
@@ -244,7 +246,8 @@ def test_two_processes_train_as_one_does(runs):
 def test_a_run_of_two_goes_on_as_one(runs, tmp_path):
     folder, _ = runs
     for name in ("one", "two"):
-        train(Options(resume=folder / name, epochs=2, devices=1, out=tmp_path / name))
+        options = Options(resume=folder / name, epochs=2, devices=1, out=tmp_path / name)
+        train(replace(options, report=False))
     assert_near_run(tmp_path / "two", tmp_path / "one")
 
 
@@ -252,7 +255,7 @@ def test_a_run_of_two_goes_on_as_one(runs, tmp_path):
 def test_torchruns_processes_come_to_the_same_bits(runs, tmp_path):
     options = arguments(**FEW_STEPS, epochs=1, out=tmp_path / "run")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    started = command(*torchrun, "-m", "convext", "train", *options)
+    started = command(*torchrun, "-m", "convext", "train", "--no-report", *options)
     out, err = started.communicate(timeout=60)
     assert started.returncode == 0, err
     assert out.count("epoch    accuracy") == 1
@@ -292,7 +295,7 @@ def test_ctrl_c_ends_all_processes_with_one_line(interrupted):
     assert err.startswith(f"convext train: Interrupted: {run}/last.ckpt holds ")
     assert err.count("\n") == 1
     assert is_empty(process.pid)
-    assert {p.name for p in run.iterdir()} == {"last.ckpt", "metrics.json"}
+    assert {p.name for p in run.iterdir()} == RUN_FILES
 
 
 @pytest.mark.slow
@@ -326,7 +329,7 @@ def torchrun(monkeypatch):
 def test_torchrun_decides_how_many_processes_there_are(torchrun, tmp_path):
     with pytest.raises(UserError, match=r"^--devices 2: torchrun started 1 process$"):
         train(Options(**FEW_STEPS, devices=2))
-    metrics = train(Options(**FEW_STEPS, epochs=1, out=tmp_path / "run"))
+    metrics = train(Options(**FEW_STEPS, epochs=1, out=tmp_path / "run", report=False))
     assert metrics["devices"] == 1
     assert not dist.is_initialized()
 

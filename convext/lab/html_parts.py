@@ -146,11 +146,15 @@ def confusion_table(counts: Tensor, names: Sequence[str]) -> str:
 
 
 def bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """A table of names, shares as bars and in percent, and one more column of text."""
+    """A table of names, shares as bars and in percent, and one more column of text.
+
+    The longest bar is as wide as there is room.
+    """
+    largest = max(share for _, share, _ in rows)
     lines = "".join(
         f'<tr><td>{escape(name)}</td><td class="number">{escape(text)}</td>'
         f'<td class="number">{share:.1%}</td>'
-        f'<td class="bar"><span style="width: {100 * share:.2f}%"></span></td></tr>'
+        f'<td class="bar"><span style="width: {100 * share / largest:.2f}%"></span></td></tr>'
         for name, share, text in rows
     )
     head = '<th>work</th><th class="number">time</th><th class="number">share</th><th></th>'

@@ -131,7 +131,7 @@ def _page(run: Run) -> str:
         quoted_folder=run.quoted_folder,
         date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         version=escape(convext.__version__),
-        notice=sections.notice(run),
+        notices=sections.notices(run),
         tiles=sections.tiles(run, evaluation),
         contents="".join(f'<a href="#{name}">{text}</a>' for name, text in _CONTENTS.items()),
         run=sections.what_was_run(run),

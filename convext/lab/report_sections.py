@@ -59,16 +59,21 @@ class Run:
         return escape(shlex.quote(str(self.folder)))
 
 
-def notice(run: Run) -> str:
-    """That the run is not finished, where it is not."""
+def notices(run: Run) -> str:
+    """What one should know before all else: that the run is not finished, or that it diverged."""
+    found = []
     done = len(run.metrics["history"])
-    if done == run.settings.epochs:
-        return ""
-    return (
-        f'<p class="notice">The run is not finished: {done} of '
-        f"{count(run.settings.epochs, 'epoch')}. "
-        f"<code>convext train --resume {run.quoted_folder}</code> goes on with it.</p>"
-    )
+    if done < run.settings.epochs:
+        found.append(
+            f"The run is not finished: {done} of {count(run.settings.epochs, 'epoch')}. "
+            f"<code>convext train --resume {run.quoted_folder}</code> goes on with it."
+        )
+    if run.metrics["valid_loss"] is None:
+        found.append(
+            "The run diverged: its loss is no longer a finite number. The learning rate was too "
+            "high, most likely: try a tenth of it."
+        )
+    return "".join(f'<p class="notice">{text}</p>' for text in found)
 
 
 def tiles(run: Run, evaluation: Evaluation) -> str:
@@ -209,8 +214,8 @@ def layers(run: Run) -> str:
 
 def _ends(layer: LayerStats) -> list[str]:
     """Of each statistic, the first and the last."""
-    kinds = ((layer.mean, ".3g"), (layer.std, ".3g"), (layer.near_zero, ".0%"))
-    return [f"{values[0]:{form}} → {values[-1]:{form}}" for values, form in kinds]
+    numbers = [f"{_figure(of[0])} → {_figure(of[-1])}" for of in (layer.mean, layer.std)]
+    return [*numbers, f"{layer.near_zero[0]:.0%} → {layer.near_zero[-1]:.0%}"]
 
 
 def confused(counts: Tensor, names: Sequence[str]) -> str:
@@ -230,20 +235,22 @@ def worst(run: Run, evaluation: Evaluation) -> str:
     items = []
     for place in evaluation.worst(_WORST).tolist():
         true, guess = (int(of[place]) for of in (evaluation.labels, evaluation.predictions))
-        chances = {
-            run.classes[label]: _chance(float(evaluation.probabilities[place, label]))
-            for label in (guess, true)
-        }
-        says = f"{run.classes[true]}, taken for {run.classes[guess]}"
-        if guess == true:
-            says = f"{run.classes[true]}, right but unsure"
+        name, taken_for = run.classes[true], run.classes[guess]
+        chances = [(k, float(evaluation.probabilities[place, k])) for k in {guess: 0, true: 0}]
+        given = "; ".join(f"{run.classes[k]}: {_chance(chance)}" for k, chance in chances)
+        if not math.isfinite(chances[0][1]):
+            says, given = f"{name}, no prediction", "scores not finite"
+        elif guess == true:
+            says = f"{name}, right but unsure"
+        else:
+            says = f"{name}, taken for {taken_for}"
         image = html_parts.picture(
             run.dataset.valid.images[place], f"Validation image {place}: {says}"
         )
-        given = escape("; ".join(f"{name}: {chance}" for name, chance in chances.items()))
+        loss = _figure(float(evaluation.losses[place]))
         items.append(
-            f'<li data-image="{place}">{image}<b>{escape(says)}</b><span>{given}<br>'
-            f"loss {float(evaluation.losses[place]):.2f}<br>image {place}</span></li>"
+            f'<li data-image="{place}">{image}<b>{escape(says)}</b><span>{escape(given)}<br>'
+            f"loss {loss}<br>image {place}</span></li>"
         )
     return f'<ol class="pictures">{"".join(items)}</ol>'
 
@@ -253,8 +260,8 @@ def filters(shown: LayerFilters) -> str:
     outputs, *kernel = shown.weight.shape
     low, high = float(shown.weight.min()), float(shown.weight.max())
     text = (
-        f"{shown.layer} has {outputs} filters of {_sizes(kernel)} weights, from {low:.3g} to "
-        f"{high:.3g}"
+        f"{shown.layer} has {outputs} filters of {_sizes(kernel)} weights, from {_figure(low)} "
+        f"to {_figure(high)}"
     )
     return f"<p>{escape(text)}.</p>" + html_parts.drawing(shown.plot(), "filters", text)
 
@@ -366,6 +373,13 @@ def _chance(share: float) -> str:
 
 def _loss(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def _figure(value: float) -> str:
+    """Three digits; thousands as they are."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _missing(text: str) -> str:
