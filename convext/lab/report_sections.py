@@ -80,7 +80,7 @@ def tiles(run: Run, evaluation: Evaluation) -> str:
     """The figures that one looks for first."""
     right, images = evaluation.correct, len(evaluation.labels)
     figures = [
-        (percent(run.metrics["accuracy"]), f"accuracy: {right:,} of {images:,} right"),
+        (percent(run.metrics["accuracy"]), f"accuracy, {right:,} of {images:,}"),
         (_loss(run.metrics["valid_loss"]), "validation loss"),
         (f"{run.metrics['train_seconds']:.1f} s", "training steps, all together"),
         (f"{run.metrics['parameters']:,}", "parameters learned"),
