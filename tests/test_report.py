@@ -452,6 +452,12 @@ def test_a_browser_shows_all_of_it(browser, run, width, scheme):
         assert len(rasters) >= 4 + 4 + 2  # histograms, their scales, filters
         assert all(data.startswith("data:image/png;base64,") for data in rasters)
         assert shown.evaluate(CUT) == []
+        strokes = shown.evaluate(
+            "[...new Set([...document.querySelectorAll('svg *')]"
+            ".map(e => getComputedStyle(e).stroke))]"
+        )
+        assert len(strokes) > 2
+        assert scheme == "light" or "rgb(0, 0, 0)" not in strokes
         names = shown.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
         assert len(names) == len(set(names))
         targets = shown.evaluate(

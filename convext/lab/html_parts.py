@@ -32,16 +32,21 @@ def drawing(figure: Figure, name: str, description: str) -> str:
     """A figure as SVG within the page, in the page's letters and with its ink.
 
     Args:
-        figure: matplotlib's.
+        figure: matplotlib's, for this page alone: it loses its background.
         name: of this drawing, unlike those of all others in the page.
         description: what it shows, for those who can't see it.
     """
     from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_visible(False)  # the page's paper
+    figure.dpi = _RASTER_DPI
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", dpi=_RASTER_DPI, transparent=True, metadata=nothing)
+        # What savefig calls, which would draw all of it once more before.
+        FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
