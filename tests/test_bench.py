@@ -20,7 +20,7 @@ from reference import products
 import convext
 from convext import _C
 from convext.__main__ import main
-from convext.bench import goals, layers, report, suite
+from convext.bench import epoch, goals, layers, report, suite
 from convext.bench import gpu as gpu_bench
 from convext.bench.cases import AUTO, CONV_PASSES, STOCK, WINOGRAD, Case
 from convext.bench.goals import GOALS, Goal, auto_regret, judge
@@ -639,3 +639,22 @@ def test_measures_on_a_gpu(gpu, capsys):
     arguments = ["--groups", "mnist", "batchnorm", "step", "--batch", "2", "--rounds", "3"]
     assert main(["bench", "--device", gpu, "--dtypes", "tf32", "bfloat16", *arguments]) == 0
     assert "torch, deterministic" in capsys.readouterr().out
+
+
+def test_an_epoch_is_timed_without_what_watches_it(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        (folder / "metrics.json").write_text('{"train_seconds": 2.5}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(epoch.subprocess, "run", run)
+    row = epoch.measure_epoch(threads=1, rounds=2)
+    assert [times for layout in row.torch.values() for times in layout] == [2.5, 2.5]
+    assert len(asked) == 4
+    for command in asked:
+        assert "--no-report" in command
+        assert command[command.index("--stats") + 1] == "off"
