@@ -26,6 +26,7 @@ from convext.commands import (
     train,
 )
 from convext.commands import bench, features, filter, matrix, report, show, trace, train
+from convext.commands import bench, features, filter, matrix, predict, report, show, trace, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.

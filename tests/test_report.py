@@ -25,7 +25,7 @@ from convext.lab import op_times, report  # noqa: E402
 from convext.lab.evaluation import evaluate  # noqa: E402
 from convext.lab.report import write_report  # noqa: E402
 from convext.lab.report_sections import command, fingerprint  # noqa: E402
-from convext.mnist.data import load_digits  # noqa: E402
+from convext.mnist.data import load_data, load_digits  # noqa: E402
 from convext.mnist.model import lesson_cnn  # noqa: E402
 from convext.mnist.settings import Settings  # noqa: E402
 from tests.browser import chromium, opened  # noqa: E402
@@ -314,6 +314,51 @@ def test_a_run_that_was_made_longer_or_diverged_still_has_a_report(tmp_path):
     assert found.sections["mistakes"].count("scores not finite") == 24
     assert "no histograms" in found.sections["layers"]
     assert len(found.found("img", "mistakes")) == 24
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_of_ones_own_are_shown_as_they_are(tmp_path, mode):
+    image_module = pytest.importorskip("PIL.Image")
+    rng, names = np.random.default_rng(0), ("cats & dogs", "none")
+    for label, name in enumerate(names):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(20):
+            shape = (12, 20) if mode == "L" else (12, 20, 3)
+            pixels = rng.integers(100 * label, 100 * label + 150, shape, dtype=np.uint8)
+            image_module.fromarray(pixels).save(tmp_path / "pets" / name / f"{number}.png")
+    folder = tmp_path / "run"
+    args = ["train", "--data", tmp_path / "pets", "--image-size", "12x20", "--augment"]
+    args += ["--threads", 1, "--epochs", 2, "--stats", "off"]
+    status, _, err = said(*args, "--out", folder)
+    assert (status, err) == (0, "")
+    found = page_of(folder)
+    assert found.sections[""].strip().startswith("pets: ")
+    assert [row[0] for row in found.tables["mistakes"][0][2:]] == list(names)
+    assert "moved a little at random" in found.sections["run"]
+    run_of = load_data(str(tmp_path / "pets"), image_size=(12, 20))
+    shown = [int(item["data-image"]) for item in found.found("li", "mistakes")]
+    assert len(shown) == len(run_of.valid)
+    for place, picture in zip(shown, found.found("img", "mistakes"), strict=True):
+        data = base64.b64decode(picture["src"].removeprefix("data:image/png;base64,"))
+        pixels = np.asarray(image_module.open(io.BytesIO(data)), dtype=float)
+        expected = run_of.valid.images[place].permute(1, 2, 0).squeeze(2).numpy()
+        assert np.abs(pixels - 255 * expected).max() <= 0.51
+    text = re.search(r"<pre>(.*?)</pre>", (folder / "report.html").read_text(), re.DOTALL)[1]
+    words = shlex.split(text.replace("\\\n", " "))
+    assert {"--augment", "--colour" if mode == "RGB" else "--no-colour"} < set(words)
+    status, _, err = said(*words[1:], "--no-report", "--out", tmp_path / "again")
+    assert (status, err) == (0, "")
+    weights = checkpoint(tmp_path / "again")["state_dict"].values()
+    assert f"SHA-256 {fingerprint(weights)}" in found.sections["again"]
+    # The report of a run whose pictures have moved, and of one whose pictures have changed.
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    assert said("report", folder)[0] == 2
+    assert said("report", folder, "--data", tmp_path / "moved")[0] == 0
+    (tmp_path / "moved" / "none" / "0.png").unlink()
+    status, _, err = said("report", folder, "--data", tmp_path / "moved")
+    assert status == 2
+    assert err.startswith("convext report: --data: ")
+    assert err.endswith("its pictures are not those that the run was on\n")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("run_folder", metavar="RUN", help="the run's folder")
     parser.add_argument(
+        "--data", metavar="DIR", help="the folder of pictures that the run was on, if it has moved"
+    )
+    parser.add_argument(
         "--data-dir",
         metavar="DIR",
         help="where the MNIST files lie (default: $CONVEXT_DATA, else the user's cache)",
@@ -27,14 +30,21 @@ def _run(args: argparse.Namespace) -> None:
     from convext.errors import UserError
     from convext.lab.report import write_report
     from convext.mnist.data import load_data
-    from convext.mnist.run_folder import load_checkpoint
+    from convext.mnist.run_folder import load_trained
 
     folder = Path(args.run_folder).expanduser()
     if folder.is_file():
         raise UserError(f"RUN must be a folder, got the file {folder}")
-    _, checkpoint = load_checkpoint(folder, option="RUN")
-    dataset = load_data(checkpoint["convext"]["data"], args.data_dir)
+    settings, _ = load_trained(folder, option="RUN")
+    pictures = {"image_size": settings.image_size, "colour": settings.colour}
+    dataset = load_data(
+        settings.data if args.data is None else args.data,
+        args.data_dir,
+        **({} if settings.content is None else pictures),
+    )
     try:
         print(write_report(folder, dataset))
+    except ValueError as error:
+        raise UserError(f"--data: {error}") from error
     except OSError as error:
         raise UserError(f"RUN {folder}: {error.strerror or error}") from error

@@ -65,14 +65,16 @@ def drawing(figure: Figure, name: str, description: str) -> str:
     )
 
 
-def picture(pixels: Tensor, description: str) -> str:
-    """An image (C, H, W) in [0, 1] as PNG within the page: three channels as colour, else the
-    first as ink on paper.
+def picture(pixels: Tensor, description: str, ink: bool) -> str:
+    """An image (C, H, W) in [0, 1] as PNG within the page.
+
+    Three channels are shown as colour, one as grey, or where 1 is ink as that on paper.
     """
     from PIL import Image
 
     cells = (pixels.clamp(0, 1) * 255).round().byte().numpy()
-    shown = np.moveaxis(cells, 0, 2) if len(cells) == 3 else 255 - cells[0]
+    shown = np.moveaxis(cells, 0, 2) if len(cells) == 3 else cells[0]
+    shown = 255 - shown if ink else shown
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(shown)).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()

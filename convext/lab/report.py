@@ -30,16 +30,14 @@ from convext.lab.recorder import Recorder
 from convext.lab.report_sections import Run
 from convext.mnist.data import Dataset
 from convext.mnist.learner import Learner
-from convext.mnist.model import lesson_cnn
 from convext.mnist.run_folder import (
     ACTIVATIONS,
     RECORD,
     REPORT,
-    load_checkpoint,
+    load_trained,
     read_metrics,
     replacing,
 )
-from convext.mnist.settings import Settings
 
 _CONTENTS = {
     "run": "what was run",
@@ -88,27 +86,22 @@ def write_report(folder: str | Path, dataset: Dataset) -> Path:
 
 
 def _read(folder: Path, dataset: Dataset) -> Run:
-    _, checkpoint = load_checkpoint(folder, option="RUN")
+    settings, model = load_trained(folder, option="RUN")
     metrics = read_metrics(folder, option="RUN")
-    settings = Settings(**checkpoint["convext"])
-    if dataset.name != settings.data:
+    if settings.content is None and dataset.name != settings.data:
         raise ValueError(f"dataset must be the run's, {settings.data}, got {dataset.name}")
-    model = lesson_cnn(settings.layers)  # "auto": a named algorithm may be another device's
-    prefix = "model."
-    weights = checkpoint["state_dict"].items()
-    model.load_state_dict(
-        {name.removeprefix(prefix): w for name, w in weights if name.startswith(prefix)}
-    )
+    if dataset.content != settings.content:  # of a folder, which may have moved
+        raise ValueError(f"{dataset.name}: its pictures are not those that the run was on")
     record, activations = folder / RECORD, folder / ACTIVATIONS
     return Run(
         folder,
         metrics,
         settings,
-        model.eval(),
+        model,
         Recorder.load(folder) if record.exists() else None,
         ActivationStats.load(activations) if activations.exists() else None,
         dataset,
-        tuple("0123456789"),
+        settings.classes,
     )
 
 
@@ -123,9 +116,10 @@ def _page(run: Run) -> str:
         lambda model: Learner(model, run.settings.lr, 100).configure_optimizers()["optimizer"],
         batch=run.settings.batch_size,
     )
-    title = sections.DATA_NAMES.get(run.dataset.name, run.dataset.name)
     return Template(_part("report.html")).substitute(
-        title=escape(f"{title}: {sections.percent(run.metrics['accuracy'])} right"),
+        title=escape(
+            f"{sections.data_name(run)}: {sections.percent(run.metrics['accuracy'])} right"
+        ),
         style=_part("report.css"),
         folder=escape(str(run.folder)),
         quoted_folder=run.quoted_folder,

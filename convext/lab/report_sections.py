@@ -28,7 +28,7 @@ from convext.mnist.data import Dataset
 from convext.mnist.learner import Learner
 from convext.mnist.settings import Options, Settings, count
 
-DATA_NAMES = {"mnist": "MNIST", "digits": "scikit-learn's digits"}
+_DATA_NAMES = {"mnist": "MNIST", "digits": "scikit-learn's digits"}
 _WORST = 24  # images shown
 _SILENT = 0.9  # a layer with this share near zero is pointed at
 
@@ -57,6 +57,12 @@ class Run:
     def quoted_folder(self) -> str:
         """For a command line."""
         return escape(shlex.quote(str(self.folder)))
+
+
+def data_name(run: Run) -> str:
+    """For people."""
+    name = run.dataset.name
+    return Path(name).name if run.dataset.content else _DATA_NAMES.get(name, name)
 
 
 def notices(run: Run) -> str:
@@ -98,12 +104,13 @@ def what_was_run(run: Run) -> str:
     images = f"{len(data.train):,} images to train on, {len(data.valid):,} to validate with"
     return html_parts.facts(
         [
-            ("data", f"{DATA_NAMES.get(data.name, data.name)}: {images} ({data.source})"),
+            ("data", f"{data_name(run)}: {images} ({data.source})"),
             ("layers", layers),
             (
                 "training",
                 f"{count(settings.epochs, 'epoch')} of batches of {settings.batch_size}, AdamW, "
-                f"1cycle up to a learning rate of {settings.lr:g}, seed {settings.seed}",
+                f"1cycle up to a learning rate of {settings.lr:g}, seed {settings.seed}"
+                + (", each image moved a little at random" if settings.augment else ""),
             ),
             ("device", f"{settings.device}, {count(settings.threads, 'thread')}{spread}"),
             ("versions", ", ".join(" ".join(item) for item in run.metrics["versions"].items())),
@@ -245,7 +252,9 @@ def worst(run: Run, evaluation: Evaluation) -> str:
         else:
             says = f"{name}, taken for {taken_for}"
         image = html_parts.picture(
-            run.dataset.valid.images[place], f"Validation image {place}: {says}"
+            run.dataset.valid.images[place],
+            f"Validation image {place}: {says}",
+            ink=run.dataset.content is None,
         )
         loss = _figure(float(evaluation.losses[place]))
         items.append(
@@ -278,6 +287,8 @@ def times(run: Run, found: OpTimes) -> str:
         text += " The run was on another device, where the shares are others."
     if run.settings.devices > 1:
         text += " One process had the whole batch, which in the run several shared."
+    if run.settings.augment:
+        text += " Moving the images at random is not in it."
     rows = [
         (kind, seconds / found.total, f"{1000 * seconds:.2f} ms")
         for kind, seconds in found.seconds.items()
@@ -310,14 +321,18 @@ def again(run: Run) -> str:
 def command(settings: Settings) -> str:
     """The command line of a run, with every setting in it, so that no default can change it."""
     lines = ["convext train"]
-    for name, value in vars(settings).items():
-        if name not in Options.__dataclass_fields__ or value is None or value is False:
+    chosen = {k: v for k, v in vars(settings).items() if k in Options.__dataclass_fields__}
+    if settings.content is None:  # what only a folder of pictures has
+        del chosen["image_size"], chosen["colour"]
+    for name, value in chosen.items():
+        option = name.replace("_", "-")
+        if value is True or (value is False and name == "colour"):
+            word = f"--{option}" if value else f"--no-{option}"
+        elif value is None or value is False:
             continue
-        if isinstance(value, tuple):
-            value = "x".join(map(str, value))
-        word = f"--{name.replace('_', '-')}"
-        if value is not True:
-            word += f" {shlex.quote(str(value))}"
+        else:
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            word = f"--{option} {shlex.quote(text)}"
         if len(lines[-1]) + len(word) > 76:
             lines.append("   ")
         lines[-1] += f" {word}"
