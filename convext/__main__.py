@@ -20,13 +20,12 @@ from convext.commands import (
     matrix,
     predict,
     receptive_field,
+    report,
     show,
     summary,
     trace,
     train,
 )
-from convext.commands import bench, features, filter, matrix, report, show, trace, train
-from convext.commands import bench, features, filter, matrix, predict, report, show, trace, train
 from convext.errors import UserError
 
 # The module that an import misses -> the extra that brings it.
@@ -57,9 +56,8 @@ class _Parser(argparse.ArgumentParser):
 COMMANDS: tuple[Callable[[argparse._SubParsersAction], None], ...] = (
     train.add,
     predict.add,
-    lab.add,
     report.add,
-    trace.add,
+    lab.add,
     bench.add,
     summary.add,
     receptive_field.add,
