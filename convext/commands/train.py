@@ -91,8 +91,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     add(
         "--resume",
         metavar="RUN",
-        help="go on with this run (folder or checkpoint) up to --epochs; --device, --devices "
-        "and --threads may differ, the other options are the run's own",
+        help="go on with this run (folder or checkpoint) up to --epochs, also where it was killed; "
+        "--device, --devices, --threads and --save-every may differ, the other options are the "
+        "run's own",
+    )
+    add(
+        "--save-every",
+        type=float,
+        metavar="SECONDS",
+        help="write last.ckpt so often within an epoch, and whenever one ends; inf: only then "
+        "(default: 10)",
     )
 
     def run(args: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
@@ -77,11 +79,28 @@ class Learner(pl.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def on_train_start(self) -> None:
+        # Within an epoch where it is resumed there, which Lightning does not start again.
+        self._train_loss = self._train_loss.to(self.device)
+        self._started = time.perf_counter() - self._epoch_seconds
+
     def on_train_epoch_start(self) -> None:
         self.trainer.train_dataloader.epoch = self.current_epoch
         self._train_loss = torch.zeros((), device=self.device)
         self._train_batches = 0
         self._started = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the epoch's clock while the block runs."""
+        self._stop_clock()
+        yield
+        self._started = time.perf_counter() - self._epoch_seconds
+
+    def _stop_clock(self) -> None:
+        # Reading the loss first makes it count what the device has yet to finish.
+        self._epoch_loss = self._train_loss.item() / max(1, self._train_batches)
+        self._epoch_seconds = time.perf_counter() - self._started
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
         images, labels = batch
@@ -91,10 +110,7 @@ class Learner(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        # Lightning validates within the training epoch, so the epoch's clock stops here.
-        # Reading the loss first makes it count what the device has yet to finish.
-        self._epoch_loss = self._train_loss.item() / max(1, self._train_batches)
-        self._epoch_seconds = time.perf_counter() - self._started
+        self._stop_clock()  # Lightning validates within the training epoch
         self._valid_loss = torch.zeros((), device=self.device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self._images = 0
@@ -123,14 +139,35 @@ class Learner(pl.LightningModule):
                 "train_seconds": self._epoch_seconds,
             }
         )
+        self._train_loss = torch.zeros((), device=self.device)
+        self._train_batches = 0
+        self._epoch_seconds = 0.0
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """In all processes, and within an epoch while its clock is `paused`."""
         checkpoint["history"] = self.history
+        checkpoint["epoch_under_way"] = {
+            "batches": self._train_batches,
+            "loss": self.all_gather(self._train_loss).reshape(-1).tolist(),  # of each process
+            "seconds": self._epoch_seconds,
+        }
         checkpoint["rng"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.history = list(checkpoint["history"])
+        # Of before there was such an entry, checkpoints are of an epoch's end.
+        epoch = checkpoint.get("epoch_under_way", {"batches": 0, "loss": [0.0], "seconds": 0.0})
+        losses = epoch["loss"]
+        if len(losses) != self.trainer.world_size:  # then their mean is what has to be kept
+            losses = [sum(losses) / len(losses)] * self.trainer.world_size
+        self._train_loss = torch.tensor(losses[self.trainer.global_rank])
+        self._train_batches = epoch["batches"]
+        self._epoch_seconds = epoch["seconds"]
         torch.set_rng_state(checkpoint["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
         steps, total = (checkpoint["lr_schedulers"][0][k] for k in ("last_epoch", "total_steps"))
         if total != self.total_steps:
             self._respread_schedule(checkpoint, steps)

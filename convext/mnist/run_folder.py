@@ -71,7 +71,9 @@ def load_checkpoint(path: str | Path, option: str = "--resume") -> tuple[Path, d
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{option}: {path}: no such checkpoint") from error
+        advice = "; a run that ended before its first step has none: start it again"
+        advice = advice if option == "--resume" and path.parent.is_dir() else ""
+        raise UserError(f"{option}: {path}: no such checkpoint{advice}") from error
     except OSError as error:
         raise UserError(f"{option}: {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged pickles raise whatever they please
@@ -137,6 +139,14 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes were writing to."""
+    for name in (CHECKPOINT, METRICS, ACTIVATIONS, RECORD, BATCHES):
+        for path in folder.glob(f".{name}.*"):
+            if path.suffix[1:].isdecimal():
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:

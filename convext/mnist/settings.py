@@ -23,6 +23,11 @@ DEFAULTS = {
 }
 FOLDER_STEPS = 16  # of an epoch, at least, where this leaves 8 pictures or more to a batch
 
+SAVE_EVERY = 10.0  # seconds
+
+# What may be other than in the run that is resumed.
+FREE = {"epochs", "device", "devices", "threads", "save_every", "data_dir"}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,8 +39,8 @@ class Options:
     algorithm: for convext's convolutions; device: "cpu", "cuda" or "auto"; devices: processes,
     which share every batch; batch_size, threads: of all processes together; out: the run's folder;
     resume: a run's folder or checkpoint to go on from; stats: of activations, "off", "numbers" or
-    "histograms"; report: whether to write report.html at the end. The others say themselves what
-    they are.
+    "histograms"; report: whether to write report.html at the end; save_every: seconds from one
+    checkpoint to the next within an epoch. The others say themselves what they are.
     """
 
     epochs: int | None = None
@@ -56,6 +61,7 @@ class Options:
     image_size: tuple[int, int] | None = None
     colour: bool | None = None
     augment: bool | None = None
+    save_every: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Settings:
     classes: tuple[str, ...] = DIGITS
     content: str | None = None
     augment: bool = False
+    save_every: float = math.inf  # likewise
+    data_dir: str | None = None  # likewise
 
     def make_model(self) -> nn.Sequential:
         """The network that the run trains, initialised from torch's global generator."""
@@ -105,6 +113,7 @@ def check_options(options: Options) -> None:
             lambda size: min(size) >= 1 and max(size) <= LARGEST_SIZE,
             f"from 1 to {LARGEST_SIZE} high and wide (which the network halves five times, to 1)",
         ),
+        "save_every": (lambda seconds: seconds >= 0, "0 or more"),
     }
     for name, (good, want) in wanted.items():
         value = getattr(options, name)
@@ -160,9 +169,9 @@ def read_data(options: Options, checkpoint: dict | None) -> Dataset:
         )
     run = Settings(**checkpoint["convext"])
     if run.content is None:
-        return load_data(run.data, options.data_dir)
+        return load_data(run.data, options.data_dir or run.data_dir)
     folder = run.data if options.data in (None, *NAMES) else options.data
-    dataset = load_data(folder, options.data_dir, image_size=run.image_size, colour=run.colour)
+    dataset = load_data(folder, image_size=run.image_size, colour=run.colour)
     if dataset.content != run.content:
         raise UserError(
             f"--resume: {dataset.name}: its pictures are not those that the run began with"
@@ -177,19 +186,22 @@ def make_settings(options: Options, dataset: Dataset, checkpoint: dict | None) -
         if name in Settings.__dataclass_fields__ and value is not None
     }
     chosen["data"] = dataset.name
+    if options.data_dir is not None:
+        chosen["data_dir"] = str(Path(options.data_dir).expanduser().absolute())
     if checkpoint is None:
         channels, *size = dataset.train.images.shape[1:]
         chosen |= {"image_size": tuple(size), "colour": channels == 3}
         chosen |= {"classes": dataset.classes, "content": dataset.content}
         rest = {"seed": 0, "layers": "convext", "algorithm": "auto", "stats": "histograms"}
         rest["threads"] = torch.get_num_threads()
+        rest["save_every"] = SAVE_EVERY
         defaults = DEFAULTS.get(dataset.name) or _folder_defaults(len(dataset.train))
         settings = Settings(**{**rest, **defaults, **chosen})
         _check_split(settings.batch_size, settings.devices)
         return settings
 
     run = Settings(**checkpoint["convext"])
-    free = {"epochs", "device", "devices", "threads"}
+    free = set(FREE)
     if options.data in NAMES or run.content is None:
         if options.data not in (None, "auto"):
             chosen["data"] = options.data
@@ -201,9 +213,11 @@ def make_settings(options: Options, dataset: Dataset, checkpoint: dict | None) -
             raise UserError(f"--{option} {_text(value)}: the run to resume has {own}")
     settings = replace(run, **chosen)
     _check_split(settings.batch_size, settings.devices)
-    done = len(checkpoint["history"])
+    done, under_way = len(checkpoint["history"]), checkpoint.get("epoch_under_way")
     if settings.epochs < done:
         raise UserError(f"--epochs {settings.epochs}: the run to resume has trained {done} already")
+    if settings.epochs == done and under_way and under_way["batches"]:
+        raise UserError(f"--epochs {done}: the run to resume is in epoch {done + 1} already")
     return settings
 
 

@@ -42,6 +42,7 @@ from convext.mnist.run_folder import (
     REPORT,
     load_checkpoint,
     new_run_folder,
+    remove_leftovers,
     writable_folder,
     write_json,
 )
@@ -131,8 +132,9 @@ def _lead(world: World, job: Job, console: Console) -> dict:
     model = settings.make_model().to(settings.device)
     described = summary(model, (1, *image))
     learner, batches = _build(world, job)
-    _announce(console, settings, job.dataset, described, batches)
-    done = len(load_checkpoint(job.checkpoint)[1]["history"]) if job.checkpoint else 0
+    resumed = load_checkpoint(job.checkpoint)[1] if job.checkpoint else None
+    _announce(console, settings, job.dataset, described, batches, resumed)
+    remove_leftovers(folder)
 
     recorder, stats = Recorder(), _activation_stats(settings, learner.model)
 
@@ -144,24 +146,26 @@ def _lead(world: World, job: Job, console: Console) -> dict:
             stats.save(folder / ACTIVATIONS)
         return metrics
 
-    callbacks = [
-        ProgressBar(console),
-        RecordRun(recorder),
-        *([] if stats is None else [CollectActivations(stats)]),
-        # Saved first: an epoch's line says that the epoch is kept.
-        SaveRun(folder, asdict(settings), after=write_results),
-        EpochTable(console),
-    ]
     with interruptible() as interrupt:
+        save = SaveRun(
+            folder, asdict(settings), settings.save_every, interrupt=interrupt, after=write_results
+        )
+        callbacks = [
+            ProgressBar(console),
+            RecordRun(recorder),
+            *([] if stats is None else [CollectActivations(stats)]),
+            save,  # before the table: an epoch's line says that the epoch is kept
+            EpochTable(console),
+        ]
         try:
             _fit(world, job, learner, batches, callbacks)
         except (InterruptError, Exception) as error:
             # The others may have died of the same Ctrl-C, which this one then sees as an error.
             if interrupt.came or isinstance(error, InterruptError):
-                raise KeyboardInterrupt(_kept(folder, settings)) from None
+                raise KeyboardInterrupt(_kept(folder)) from None
             raise
     metrics = write_results()  # again, for a run that had nothing left to train
-    if done == settings.epochs:
+    if resumed and len(resumed["history"]) == settings.epochs:
         console.print(f"Nothing left to train: {count(settings.epochs, 'epoch')} done already")
     console.print(f"\n{folder}/last.ckpt: to go on from, with --resume {folder} --epochs N")
     console.print(f"{folder}/{METRICS}: these figures, for programs")
@@ -194,7 +198,7 @@ def _activation_stats(settings: Settings, model: nn.Module) -> ActivationStats |
 def _follow(world: World) -> None:
     """Trains with the leader and is silent."""
     job: Job = world.share()
-    callbacks = [SaveRun(job.folder, asdict(job.settings), after=lambda: None)]
+    callbacks = [SaveRun(job.folder, asdict(job.settings), job.settings.save_every)]
     _fit(world, job, *_build(world, job), callbacks)
 
 
@@ -288,7 +292,12 @@ def fit(
 
 
 def _announce(
-    console: Console, settings: Settings, dataset: Dataset, described: Summary, batches: BatchLoader
+    console: Console,
+    settings: Settings,
+    dataset: Dataset,
+    described: Summary,
+    batches: BatchLoader,
+    resumed: dict | None,
 ) -> None:
     if dataset.note:
         console.print(dataset.note)
@@ -315,6 +324,8 @@ def _announce(
         f"{batches.batch_size}, learning rate up to {settings.lr:g}, seed {settings.seed}, "
         f"{count(settings.threads, 'thread')}"
     )
+    if resumed:
+        console.print(f"resumed   after {count(resumed['global_step'], 'step')}")
     if settings.devices > 1:
         images = batches.batch_size // settings.devices
         shared = settings.layers == "convext"
@@ -345,15 +356,21 @@ def _metrics(settings: Settings, described: Summary, history: list[dict]) -> dic
     }
 
 
-def _kept(folder: Path, settings: Settings) -> str:
+def _kept(folder: Path) -> str:
     """What an interrupted run leaves. The file is asked, for Ctrl-C may come at any moment."""
     try:
         path, checkpoint = load_checkpoint(folder)
     except UserError:
-        return "Interrupted before the first epoch ended: nothing was kept"
+        return "Interrupted before the first step: nothing was kept"
+    return f"Interrupted: {path} holds {_progress(checkpoint)}; go on with --resume {folder}"
+
+
+def _progress(checkpoint: dict) -> str:
+    """How far the run is that the checkpoint is of."""
+    steps = checkpoint["lr_schedulers"][0]["total_steps"]
     return (
-        f"Interrupted: {path} holds {count(len(checkpoint['history']), 'epoch')} of "
-        f"{settings.epochs}; go on with --resume {folder}"
+        f"{checkpoint['global_step']} of {count(steps, 'step')}, {len(checkpoint['history'])} of "
+        f"{count(checkpoint['convext']['epochs'], 'epoch')}"
     )
 
 
