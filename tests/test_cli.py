@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = (
     *("--epochs", "--batch-size", "--lr", "--seed", "--data", "--data-dir", "--layers"),
     *("--algorithm", "--device", "--devices", "--threads", "--no-report", "--out", "--resume"),
-    *("--image-size", "--augment"),
+    *("--image-size", "--augment", "--save-every"),
 )
 
 
@@ -95,6 +95,8 @@ def test_every_command_has_a_help_line(capsys):
         (["train", "--image-size", "28x"], "--image-size: must be sizes like 28 or 24x32, got"),
         (["train", "--image-size", "33"], "--image-size must be from 1 to 32 high and wide"),
         (["train", "--data", "digits", "--colour"], "--colour is for a folder of pictures"),
+        (["train", "--save-every", "-1"], "--save-every must be 0 or more, got -1.0"),
+        (["train", "--save-every", "nan"], "--save-every must be 0 or more, got nan"),
         (["train", "--layers", "jax"], "--layers: invalid choice: 'jax'"),
         (["train", "--algorithm", "magic"], "--algorithm must be one of auto, "),
         (["train", "--layers", "torch", "--algorithm", "direct"], "needs --layers convext"),
@@ -184,7 +186,7 @@ def test_ctrl_c_is_status_130_and_says_what_was_kept(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.startswith(f"convext train: Interrupted: {run}/last.ckpt holds ")
-    assert err.endswith(f"of 9999; go on with --resume {run}\n")
+    assert err.endswith(f"of 9999 epochs; go on with --resume {run}\n")
     assert err.count("\n") == 1
     assert (run / "last.ckpt").exists()
     assert not [p.name for p in run.iterdir() if p.name.startswith(".")]  # nothing half written

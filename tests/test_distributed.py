@@ -36,6 +36,7 @@ from convext.mnist.model import lesson_cnn
 from convext.mnist.train import Options, train
 
 ROOT = Path(__file__).parents[1]
+RUN_FILES = {"last.ckpt", "metrics.json", "record.json", "record.csv", "activations.npz"}
 DEADLINE = 2 * distributed_worker.SECONDS + 20
 
 
@@ -299,8 +300,10 @@ def test_ctrl_c_ends_all_processes_with_one_line(interrupted):
 
 
 @pytest.mark.slow
-def test_stock_layers_are_validated_and_saved_as_the_first_process_has_them(interrupted):
-    saved = checkpoint(interrupted[0])
+def test_stock_layers_are_validated_and_saved_as_the_first_process_has_them(tmp_path):
+    options = {**FEW_STEPS, "layers": "torch", "lr": 0.06, "devices": 2, "epochs": 1}
+    train(Options(**options, out=tmp_path / "run"))
+    saved = checkpoint(tmp_path / "run")
     model = lesson_cnn("torch")
     weights = {name.removeprefix("model."): value for name, value in saved["state_dict"].items()}
     model.load_state_dict(weights)

@@ -5,8 +5,10 @@ of MNIST itself is a slow test.
 """
 
 import json
+import math
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -69,16 +71,6 @@ def assert_same_run(one, other):
             assert torch.equal(value, states[1]["state"][number][name]), name
     assert first["lr_schedulers"] == second["lr_schedulers"]
     assert without_times(first["history"]) == without_times(second["history"])
-
-
-def interrupt_in_epoch(monkeypatch, number, batch=3):
-    """Lets Ctrl-C come in the given epoch (from 1), after a few of its steps."""
-
-    def on_train_batch_end(self, trainer, module, outputs, batch_, batch_idx):
-        if trainer.current_epoch + 1 == number and batch_idx == batch:
-            raise callbacks.InterruptError
-
-    monkeypatch.setattr(callbacks.EpochTable, "on_train_batch_end", on_train_batch_end)
 
 
 # ---- the network ----
@@ -231,14 +223,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, layers):
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("kept", [1, 2])
 def test_resuming_gives_the_bits_of_the_run_that_was_not_stopped(run, monkeypatch, layers, kept):
+    """Stopped by an error, after which the last checkpoint is of an epoch's end."""
     straight = run("straight", layers=layers, epochs=3)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == kept and batch_idx == 3:
+            raise OSError("no space left")
+
     with monkeypatch.context() as patch:
-        interrupt_in_epoch(patch, kept + 1)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            run("stopped", layers=layers, epochs=3)
-    assert f"last.ckpt holds {kept} epoch" in str(caught.value)
+        patch.setattr(callbacks.EpochTable, "on_train_batch_end", on_train_batch_end)
+        with pytest.raises(OSError, match="no space left"):
+            run("stopped", layers=layers, epochs=3, save_every=math.inf)
     stopped = straight.parent / "stopped"
-    assert len(metrics(stopped)["history"]) == kept
+    assert len(metrics(stopped)["history"]) == len(checkpoint(stopped)["history"]) == kept
     torch.manual_seed(99)  # whatever happened in between
     train(Options(resume=stopped, report=False))
     assert_same_run(straight, stopped)
@@ -246,8 +243,11 @@ def test_resuming_gives_the_bits_of_the_run_that_was_not_stopped(run, monkeypatc
 
 
 def test_interrupted_before_anything_was_kept(run, monkeypatch, tmp_path):
-    interrupt_in_epoch(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt, match="nothing was kept"):
+    def on_fit_start(self, trainer, module):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(callbacks.EpochTable, "on_fit_start", on_fit_start)
+    with pytest.raises(KeyboardInterrupt, match="before the first step: nothing was kept"):
         run("run", epochs=2)
     assert list((tmp_path / "run").iterdir()) == []
 

@@ -32,7 +32,7 @@ if os.name != "posix":
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["convext", "torch"]
-EPOCHS, STEPS = 4, 22  # steps of each epoch
+EPOCHS, STEPS = 3, 22  # steps of each epoch
 RUN = ("--data=digits", "--threads=1", f"--epochs={EPOCHS}")
 
 
@@ -61,7 +61,7 @@ def command(log, fatal, args):
 
 def started(folder, *args, fatal=None):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["convext.mnist.train"])
+    context.set_forkserver_preload(["convext.mnist.train", "sklearn.datasets"])
     log = folder.with_name(f"{folder.name}.log")
     process = context.Process(target=command, args=(log, fatal, args), daemon=True)
     process.start()
@@ -274,7 +274,7 @@ def test_ctrl_c_keeps_the_step_just_done(straight, tmp_path, monkeypatch, layers
         with pytest.raises(KeyboardInterrupt) as caught:
             train(Options(**options, out=run))
     assert str(caught.value) == (
-        f"Interrupted: {run}/last.ckpt holds 31 of 88 steps, 1 of 4 epochs; "
+        f"Interrupted: {run}/last.ckpt holds 31 of 66 steps, 1 of 3 epochs; "
         f"go on with --resume {run}"
     )
     assert step_of(run) == 31
@@ -294,7 +294,7 @@ def test_ctrl_c_at_an_epochs_end_keeps_the_epoch(straight, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, hook, interrupted)
-        with pytest.raises(KeyboardInterrupt, match="holds 44 of 88 steps, 2 of 4 epochs;"):
+        with pytest.raises(KeyboardInterrupt, match="holds 44 of 66 steps, 2 of 3 epochs;"):
             train(Options(data="digits", threads=1, epochs=EPOCHS, layers="torch", out=run))
     assert len(json.loads((run / "metrics.json").read_text())["history"]) == 2
     train(Options(resume=run))
@@ -395,7 +395,8 @@ def test_two_processes_save_together_and_go_on(tmp_path, layers):
         time.sleep(0.005)
     process.kill()
     assert process.wait(120) == -signal.SIGKILL
-    assert step_of(run) % STEPS % 10 == 0
+    step = step_of(run)
+    assert step % callbacks.SaveRun.ASK == 0 or step % STEPS == 0
     args = ["--resume", str(run)]
     assert convext().wait(120) == 0
     assert_same_run(run, tmp_path / "straight")

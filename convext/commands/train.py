@@ -100,7 +100,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         type=float,
         metavar="SECONDS",
         help="write last.ckpt so often within an epoch, and whenever one ends; inf: only then "
-        "(default: 10)",
+        "(default: 2)",
     )
 
     def run(args: argparse.Namespace) -> None:

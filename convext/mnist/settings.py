@@ -23,7 +23,7 @@ DEFAULTS = {
 }
 FOLDER_STEPS = 16  # of an epoch, at least, where this leaves 8 pictures or more to a batch
 
-SAVE_EVERY = 10.0  # seconds
+SAVE_EVERY = 2.0  # seconds; a checkpoint takes some 10 ms
 
 # What may be other than in the run that is resumed.
 FREE = {"epochs", "device", "devices", "threads", "save_every", "data_dir"}
