@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lightning.pytorch", reason="training needs the extra convext[train]")
+pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra convext[train]")
 
 from convext.errors import UserError
 from convext.mnist import callbacks, run_folder
@@ -101,16 +101,16 @@ def die_in_validation():
 
 
 def die_as_the_checkpoint_is_written():
-    """The one of the second epoch's end: it is half there, under another name."""
-    save = torch.save
+    """The one of the second epoch's end, of which half is there."""
+    save = pl.Trainer.save_checkpoint
 
-    def save_half(content, file, *args, **kwargs):
-        save(content, file, *args, **kwargs)
-        if len(content.get("history", ())) == 2:
-            file.flush() if hasattr(file, "flush") else None
+    def save_half(self, path, *args):
+        save(self, path, *args)
+        if len(self.lightning_module.history) == 2:
+            os.truncate(path, Path(path).stat().st_size // 2)
             die()
 
-    torch.save = save_half
+    pl.Trainer.save_checkpoint = save_half
 
 
 def die_before_the_figures(epoch):
@@ -230,6 +230,8 @@ def test_killed_at_a_bad_moment(straight, tmp_path, fatal):
     run = tmp_path / "run"
     args = (*RUN, "--layers=torch", "--save-every=0.02", f"--out={run}")
     assert finished(run, *args, fatal=fatal) == -signal.SIGKILL
+    half_written = [p.name for p in run.iterdir() if p.name.startswith(".last.ckpt.")]
+    assert len(half_written) == (fatal == "as the checkpoint is written")
     assert finished(run, "--resume", str(run)) == 0
     assert_same_run(run, straight("torch"))
 
