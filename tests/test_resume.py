@@ -20,11 +20,15 @@ import numpy as np
 import pytest
 import torch
 
-pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra convext[train]")
+pytest.importorskip("lightning.pytorch", reason="training needs the extra convext[train]")
+
+import lightning.pytorch as pl
 
 from convext.errors import UserError
 from convext.mnist import callbacks, run_folder
+from convext.mnist.data import load_digits
 from convext.mnist.learner import Learner
+from convext.mnist.settings import make_settings
 from convext.mnist.train import Options, train
 
 if os.name != "posix":
@@ -355,6 +359,33 @@ def test_new_settings_are_kept_from_the_first_step_on(stopped):
 def test_a_run_cannot_end_before_the_epoch_that_it_is_in(stopped):
     with pytest.raises(UserError, match=re.escape("--epochs 1: the run to resume is in epoch 2")):
         train(Options(resume=stopped, epochs=1))
+
+
+def test_the_folder_with_the_data_need_not_be_named_again(stopped, tmp_path, monkeypatch):
+    """Here: it is looked for where the run had it, though that is gone."""
+    content = checkpoint(stopped)
+    monkeypatch.chdir(tmp_path)
+    options = Options(data_dir="here")
+    settings = make_settings(options, load_digits(), None)
+    assert settings.data_dir == str(tmp_path / "here")
+    content["convext"].update(data="mnist", data_dir=settings.data_dir)
+    torch.save(content, stopped / "last.ckpt")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/here: no such folder")):
+        train(Options(resume=stopped))
+    with pytest.raises(UserError, match="elsewhere: no such folder"):
+        train(Options(resume=stopped, data_dir="elsewhere"))
+
+
+def test_a_checkpoint_of_before_there_were_any_within_epochs(tmp_path):
+    run = tmp_path / "run"
+    train(Options(data="digits", threads=1, epochs=1, layers="torch", out=run))
+    content = checkpoint(run)
+    del content["epoch_under_way"]
+    for name in ("save_every", "data_dir"):
+        del content["convext"][name]
+    torch.save(content, run / "last.ckpt")
+    train(Options(resume=run, epochs=2))
+    assert [row["epoch"] for row in checkpoint(run)["history"]] == [1, 2]
 
 
 def test_seconds_of_before_are_counted_and_saving_is_not(stopped, monkeypatch):
