@@ -208,7 +208,7 @@ def straight(tmp_path_factory):
 # ---- killed ----
 
 
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("layers", ["convext", pytest.param("torch", marks=pytest.mark.slow)])
 def test_killed_at_random_moments(straight, tmp_path, layers):
     """Five times in a row: as soon as there is a checkpoint, then wherever."""
     draw, run = random.Random(layers), tmp_path / "run"
