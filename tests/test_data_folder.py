@@ -286,7 +286,7 @@ def assert_same_run(one, other):
 
 def run(out, data, **options):
     defaults = {"threads": 1, "layers": "torch", "stats": "off", "batch_size": 4, "epochs": 3}
-    train(Options(data=str(data), out=out, **{**defaults, **options}))
+    train(Options(report=False, data=str(data), out=out, **{**defaults, **options}))
     return out
 
 
@@ -336,7 +336,7 @@ def test_resuming_with_augmentation_gives_the_bits_of_the_run_that_was_not_stopp
     with pytest.raises(KeyboardInterrupt, match="holds 1 epoch"):
         run(tmp_path / "stopped", source, **options)
     interrupted.undo()
-    train(Options(resume=tmp_path / "stopped"))
+    train(Options(report=False, resume=tmp_path / "stopped"))
     straight = run(tmp_path / "straight", source, **options)
     assert_same_run(straight, tmp_path / "stopped")
     plain = run(tmp_path / "plain", source, **{**options, "augment": False})
@@ -350,8 +350,8 @@ def test_resume_takes_the_folder_wherever_it_is_but_not_another(bars, tmp_path):
     out = run(tmp_path / "run", bars, epochs=1)
     moved = bars.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="no such folder"):
-        train(Options(resume=out, epochs=2))
-    train(Options(resume=out, epochs=2, data=str(moved)))
+        train(Options(report=False, resume=out, epochs=2))
+    train(Options(report=False, resume=out, epochs=2, data=str(moved)))
     assert checkpoint(out)["convext"]["data"] == str(moved.resolve())
     for options, message in [
         ({"data": "digits"}, f"--data digits: the run to resume has {moved.resolve()}"),
@@ -360,16 +360,16 @@ def test_resume_takes_the_folder_wherever_it_is_but_not_another(bars, tmp_path):
         ({"augment": True}, "--augment True: the run to resume has False"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
-            train(Options(resume=out, **options))
+            train(Options(report=False, resume=out, **options))
     save(moved / "flat" / "00.png", picture("flat", 55))
     with pytest.raises(UserError, match="its pictures are not those that the run began with"):
-        train(Options(resume=out, epochs=3))
+        train(Options(report=False, resume=out, epochs=3))
 
 
 def test_a_run_on_digits_is_not_resumed_on_a_folder(bars, tmp_path):
     out = run(tmp_path / "run", "digits", epochs=1, batch_size=256)
     with pytest.raises(UserError, match=re.escape(f"--data {bars}: the run to resume has digits")):
-        train(Options(resume=out, data=str(bars)))
+        train(Options(report=False, resume=out, data=str(bars)))
 
 
 def test_a_checkpoint_of_before_there_were_folders_is_still_read(tmp_path):
@@ -379,5 +379,5 @@ def test_a_checkpoint_of_before_there_were_folders_is_still_read(tmp_path):
         del saved["convext"][name]
     torch.save(saved, out / "last.ckpt")
     assert load_model(str(out))(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-    train(Options(resume=out, epochs=2))
+    train(Options(report=False, resume=out, epochs=2))
     assert checkpoint(out)["convext"]["classes"] == tuple("0123456789")

@@ -53,7 +53,7 @@ def colour_run(tmp_path_factory):
 
 def run_on(data, out, **options):
     threads = torch.get_num_threads()
-    train(Options(data=data, out=out, epochs=1, threads=1, stats="off", **options))
+    train(Options(report=False, data=data, out=out, epochs=1, threads=1, stats="off", **options))
     torch.set_num_threads(threads)
 
 

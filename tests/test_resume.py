@@ -37,7 +37,7 @@ if os.name != "posix":
 ROOT = Path(__file__).parents[1]
 LAYERS = ["convext", "torch"]
 EPOCHS, STEPS = 3, 22  # steps of each epoch
-RUN = ("--data=digits", "--threads=1", f"--epochs={EPOCHS}")
+RUN = ("--data=digits", "--threads=1", "--no-report", f"--epochs={EPOCHS}")
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +278,7 @@ def test_ctrl_c_keeps_the_step_just_done(straight, tmp_path, monkeypatch, layers
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt) as caught:
-            train(Options(**options, out=run))
+            train(Options(report=False, **options, out=run))
     assert str(caught.value) == (
         f"Interrupted: {run}/last.ckpt holds 31 of 66 steps, 1 of 3 epochs; "
         f"go on with --resume {run}"
@@ -301,9 +301,13 @@ def test_ctrl_c_at_an_epochs_end_keeps_the_epoch(straight, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Learner, hook, interrupted)
         with pytest.raises(KeyboardInterrupt, match="holds 44 of 66 steps, 2 of 3 epochs;"):
-            train(Options(data="digits", threads=1, epochs=EPOCHS, layers="torch", out=run))
+            train(
+                Options(
+                    report=False, data="digits", threads=1, epochs=EPOCHS, layers="torch", out=run
+                )
+            )
     assert len(json.loads((run / "metrics.json").read_text())["history"]) == 2
-    train(Options(resume=run))
+    train(Options(report=False, resume=run))
     assert_same_run(run, straight("torch"))
 
 
@@ -342,7 +346,7 @@ def stopped(tmp_path, monkeypatch):
 
 def test_a_run_goes_on_in_another_folder(straight, stopped, tmp_path):
     before = (stopped / "last.ckpt").read_bytes()
-    train(Options(resume=stopped / "last.ckpt", out=tmp_path / "other"))
+    train(Options(report=False, resume=stopped / "last.ckpt", out=tmp_path / "other"))
     assert_same_run(tmp_path / "other", straight("torch"))
     assert (stopped / "last.ckpt").read_bytes() == before
 
@@ -358,7 +362,7 @@ def test_new_settings_are_kept_from_the_first_step_on(stopped):
 
 def test_a_run_cannot_end_before_the_epoch_that_it_is_in(stopped):
     with pytest.raises(UserError, match=re.escape("--epochs 1: the run to resume is in epoch 2")):
-        train(Options(resume=stopped, epochs=1))
+        train(Options(report=False, resume=stopped, epochs=1))
 
 
 def test_the_folder_with_the_data_need_not_be_named_again(stopped, tmp_path, monkeypatch):
@@ -371,20 +375,20 @@ def test_the_folder_with_the_data_need_not_be_named_again(stopped, tmp_path, mon
     content["convext"].update(data="mnist", data_dir=settings.data_dir)
     torch.save(content, stopped / "last.ckpt")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}/here: no such folder")):
-        train(Options(resume=stopped))
+        train(Options(report=False, resume=stopped))
     with pytest.raises(UserError, match="elsewhere: no such folder"):
-        train(Options(resume=stopped, data_dir="elsewhere"))
+        train(Options(report=False, resume=stopped, data_dir="elsewhere"))
 
 
 def test_a_checkpoint_of_before_there_were_any_within_epochs(tmp_path):
     run = tmp_path / "run"
-    train(Options(data="digits", threads=1, epochs=1, layers="torch", out=run))
+    train(Options(report=False, data="digits", threads=1, epochs=1, layers="torch", out=run))
     content = checkpoint(run)
     del content["epoch_under_way"]
     for name in ("save_every", "data_dir"):
         del content["convext"][name]
     torch.save(content, run / "last.ckpt")
-    train(Options(resume=run, epochs=2))
+    train(Options(report=False, resume=run, epochs=2))
     assert [row["epoch"] for row in checkpoint(run)["history"]] == [1, 2]
 
 
@@ -399,7 +403,7 @@ def test_seconds_of_before_are_counted_and_saving_is_not(stopped, monkeypatch):
 
     monkeypatch.setattr(callbacks.SaveRun, "_save", slow)
     started = time.perf_counter()
-    train(Options(resume=stopped, epochs=2, save_every=0))
+    train(Options(report=False, resume=stopped, epochs=2, save_every=0))
     passed = time.perf_counter() - started
     seconds = checkpoint(stopped)["history"][1]["train_seconds"]
     assert before < seconds < before + passed - (STEPS - 6) * 0.2
@@ -412,7 +416,8 @@ def test_seconds_of_before_are_counted_and_saving_is_not(stopped, monkeypatch):
 @pytest.mark.parametrize("layers", LAYERS)
 def test_two_processes_save_together_and_go_on(tmp_path, layers):
     """Killed when the leader has saved within an epoch; what they sum up differs in each."""
-    args = ["--data=digits", "--threads=2", "--devices=2", "--epochs=2", f"--layers={layers}"]
+    args = ["--data=digits", "--threads=2", "--devices=2", "--epochs=2", "--no-report"]
+    args.append(f"--layers={layers}")
 
     def convext(*more):
         return subprocess.Popen(

@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="where the MNIST files lie (default: $CONVEXT_DATA, else the user's cache)",
+        help="where the MNIST files lie (default: where the run found them)",
     )
     parser.set_defaults(run=_run)
 
@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> None:
     pictures = {"image_size": settings.image_size, "colour": settings.colour}
     dataset = load_data(
         settings.data if args.data is None else args.data,
-        args.data_dir,
+        args.data_dir or settings.data_dir,
         **({} if settings.content is None else pictures),
     )
     try:

@@ -143,7 +143,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes were writing to."""
-    for name in (CHECKPOINT, METRICS, ACTIVATIONS, RECORD, BATCHES):
+    for name in (CHECKPOINT, METRICS, ACTIVATIONS, RECORD, BATCHES, REPORT):
         for path in folder.glob(f".{name}.*"):
             if path.suffix[1:].isdecimal():
                 path.unlink(missing_ok=True)
