@@ -333,7 +333,7 @@ def test_resuming_with_augmentation_gives_the_bits_of_the_run_that_was_not_stopp
 ):
     source = bars if data == "bars" else "digits"
     options = {"augment": True, **({"batch_size": 256} if data == "digits" else {})}
-    with pytest.raises(KeyboardInterrupt, match="holds 1 epoch"):
+    with pytest.raises(KeyboardInterrupt, match="1 of 3 epochs"):
         run(tmp_path / "stopped", source, **options)
     interrupted.undo()
     train(Options(report=False, resume=tmp_path / "stopped"))

@@ -37,7 +37,7 @@ if os.name != "posix":
 ROOT = Path(__file__).parents[1]
 LAYERS = ["convext", "torch"]
 EPOCHS, STEPS = 3, 22  # steps of each epoch
-RUN = ("--data=digits", "--threads=1", "--no-report", f"--epochs={EPOCHS}")
+RUN = ("--data=digits", "--threads=1", f"--epochs={EPOCHS}")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def command(log, fatal, args):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            sys.exit(main(["train", *args]))
+            sys.exit(main(["train", *args, "--no-report"]))
 
 
 def started(folder, *args, fatal=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convext.conv_block import ConvBlock2d
+from convext.lab import activation_row
+from convext.lab.activation_row import BINS, NEVER_NEGATIVE
 from convext.mnist.run_folder import replacing
 
 if TYPE_CHECKING:
@@ -19,8 +23,9 @@ if TYPE_CHECKING:
 
 # Modules whose output is an activation in the lesson's sense: what the next layer reads.
 _ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
-    *(nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.Softplus),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU),
+    *(nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
+    *(nn.Softplus, nn.Softsign, nn.Threshold, ConvBlock2d),
 )
 
 
@@ -28,12 +33,16 @@ _ACTIVATIONS = (
 class LayerStats:
     """What one layer put out, a number for each batch that was looked at.
 
+    Where the layer was not called in a batch, NaN stands.
+
     Attributes:
         batches: the number of each batch, from 0.
         mean, std: of all numbers in the batch; std with n - 1, as torch's and fastai's.
         near_zero: the share of them, 0 to 1, with |x| at most the threshold.
         histograms: (batches, bins) counts, or None.
-        edges: the bins' edges, bins + 1 of them, or None.
+        edges: the bins' edges, bins + 1 of them, or None. The last bin has both of its edges.
+        sampled: how many numbers each histogram looked at, or None. Those outside the edges it
+            looked at, too, but counted in no bin.
     """
 
     batches: np.ndarray
@@ -42,35 +51,50 @@ class LayerStats:
     near_zero: np.ndarray
     histograms: np.ndarray | None
     edges: np.ndarray | None
+    sampled: np.ndarray | None
 
 
 class ActivationStats:
     """Collects statistics of layers' outputs while a model trains.
 
-    Within a `with` block, or between `attach` and `detach`, each forward pass in training mode is
-    one batch:
+    Within a `with` block, or between `attach` and `detach`, each forward pass of the model in
+    training mode is one batch:
 
         with ActivationStats(model) as stats:
             train()
         stats.layer("relu1").near_zero
         stats.color_dim("relu1")
 
+    A layer that is called several times in a batch has the statistics of all its outputs together.
+
     Memory is bounded: when `capacity` batches are held every second one is dropped, and from then
     on only every second one is looked at, and so on. The batches kept are always those whose
     number is a multiple of `stride`.
 
     Args:
-        model: any module.
-        layers: names, as in `model.named_modules()`, or modules; by default each activation
+        model: any module that runs eagerly, not one that torch.compile made. (None is for
+            `load`: numbers without a model.)
+        layers: names, as in `model.named_modules()`, or modules. By default each activation
             function (nn.ReLU and its like), or where the model has no such module each module
-            with parameters of its own.
+            with parameters of its own. The last layer's scores are left out: they are no
+            activations. A `ConvBlock2d` computes its ReLU within its one operation, so that only
+            what the block puts out can be seen: the activation where its order is
+            "conv-norm-relu", else the activation after batch norm. `convext.unfuse` makes the
+            ReLU a module again.
         near_zero: the threshold. fastai's ActivationStats counts x <= 0.05, and with it all
-            negative numbers; here it is |x| <= 0.05. After a ReLU the two are the same.
-        histograms: whether to count bins, which costs more than all else.
-        bins, range: of the histograms. Numbers outside are left out, as by `torch.histc`.
-        sample: at most about so many numbers of a batch are counted in a histogram, evenly
+            negative numbers; here it is |x| <= 0.05. After a ReLU the two are the same; fastai
+            looks at layers with parameters, before the ReLU.
+        histograms: whether to count bins, which takes as long as all else.
+        bins, range: of the histograms. Numbers outside are in no bin, as in `torch.histc`.
+        every: looks at every so many batches, from the first.
+        sample: about so many numbers of an output, at most, are counted in a histogram, evenly
             strided over it; None counts all. Mean, std and near_zero always take all.
         capacity: batches held, at least 2.
+
+    Attributes:
+        layers: the names.
+        batches: how many the model was given in training mode.
+        stride: the distance of those that are looked at now.
 
     Raises:
         ValueError: a layer that is not in the model, or a number out of its range.
@@ -78,13 +102,14 @@ class ActivationStats:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         layers: Sequence[str | nn.Module] | None = None,
         *,
         near_zero: float = 0.05,
         histograms: bool = True,
         bins: int = 40,
         range: tuple[float, float] = (0.0, 10.0),
+        every: int = 1,
         sample: int | None = 32_768,
         capacity: int = 2_000,
     ) -> None:
@@ -92,36 +117,46 @@ class ActivationStats:
             raise ValueError(f"near_zero must be at least 0, got {near_zero}")
         if bins < 1:
             raise ValueError(f"bins must be at least 1, got {bins}")
-        if not range[0] < range[1]:
+        if len(range) != 2 or not range[0] < range[1]:
             raise ValueError(f"range must be two numbers that rise, got {range}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
         if sample is not None and sample < 1:
             raise ValueError(f"sample must be at least 1 or None, got {sample}")
         if capacity < 2:
             raise ValueError(f"capacity must be at least 2, got {capacity}")
-        self.layers = _chosen(model, layers)
+        self.layers = tuple(layers or ()) if model is None else _chosen(model, layers)
         self.near_zero = near_zero
         self.bins = bins if histograms else 0
         self.range = (float(range[0]), float(range[1]))
         self.sample = sample
         self.capacity = capacity
-        self.stride = 1
-        self.batches = 0  # that the model was given in training mode
+        self.stride = every
+        self.batches = 0
         self._model = model
-        self._numbers: list[int] = []  # of the batches held
-        # Each batch's row of each layer: count, sum, sum of squares, near zero, bins.
-        self._rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        # Of the batches held: their numbers, and of each layer that was called its row.
+        self._numbers: list[int] = []
+        self._rows: list[dict[str, Tensor]] = []
+        self._now: dict[str, Tensor] | None = None  # of the batch under way, if looked at
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     # ---- collecting ----
 
     def attach(self) -> ActivationStats:
-        """Begins to collect, by forward hooks; `with` does the same."""
+        """Begins to collect, by forward hooks; `with` does the same.
+
+        Raises:
+            ValueError: there is no model, since these numbers come from a file.
+        """
+        if self._model is None:
+            raise ValueError("statistics that were loaded from a file have no model to attach to")
         if not self._hooks:
-            modules = dict(self._model.named_modules())
+            modules = dict(self._model.named_modules(remove_duplicate=False))
             self._hooks = [self._model.register_forward_pre_hook(self._begin)]
             for name in self.layers:
-                hook = _LayerHook(self, name)
+                hook = _LayerHook(self, name, isinstance(modules[name], NEVER_NEGATIVE))
                 self._hooks.append(modules[name].register_forward_hook(hook))
+            self._hooks.append(self._model.register_forward_hook(self._end))
         return self
 
     def detach(self) -> None:
@@ -129,6 +164,7 @@ class ActivationStats:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._now = None
 
     def __enter__(self) -> ActivationStats:
         return self.attach()
@@ -137,55 +173,29 @@ class ActivationStats:
         self.detach()
 
     def _begin(self, module: nn.Module, _: object) -> None:
+        self._now = None
         if not module.training:
             return
-        if self.batches % self.stride == 0:
-            if len(self._numbers) == self.capacity:
-                self._numbers = self._numbers[::2]
-                self._rows = {name: rows[::2] for name, rows in self._rows.items()}
-                self.stride *= 2
-            if self.batches % self.stride == 0:
-                self._numbers.append(self.batches)
-        self.batches += 1
+        number, self.batches = self.batches, self.batches + 1
+        if number % self.stride == 0 and len(self._numbers) == self.capacity:
+            self._numbers, self._rows = self._numbers[::2], self._rows[::2]
+            self.stride *= 2
+        if number % self.stride == 0:
+            self._now = {}
+            self._numbers.append(number)
+            self._rows.append(self._now)
 
-    def _looked_at(self) -> bool:
-        return bool(self._numbers) and self._numbers[-1] == self.batches - 1
+    def _end(self, *_: object) -> None:
+        # What calls a layer afterwards, as activation checkpointing does, is no batch.
+        self._now = None
 
-    def _note(self, name: str, output: Tensor) -> None:
-        rows = self._rows[name]
-        if len(rows) == len(self._numbers):  # the layer was called before in this batch
-            rows.pop()
-        while len(rows) < len(self._numbers) - 1:  # and in earlier batches it was not
-            rows.append(torch.full((4 + self.bins,), torch.nan, dtype=torch.float64))
-        rows.append(self._measure(output.detach()))
-
-    @torch.no_grad()
-    def _measure(self, output: Tensor) -> Tensor:
-        """A row, on the output's device: reading it at once would make a GPU wait for Python."""
-        flat = _flat(output)
-        if flat.dtype not in (torch.float32, torch.float64):
-            flat = flat.float()
-        count = flat.numel()
-        if flat.device.type == "cpu":
-            # NumPy's comparison and count are three times as fast as torch's.
-            array = flat.numpy()
-            near = np.count_nonzero(array <= self.near_zero)
-            near -= np.count_nonzero(array < -self.near_zero)
-            total, squares = float(flat.sum()), float(torch.dot(flat, flat))
-            mean = total / count if count else np.nan
-            if squares - total * mean < 1e-3 * squares and count > 1:
-                # The difference of two large numbers; a second pass keeps the digits.
-                squares = float(flat.var(correction=0).double()) * count + total * mean
-            row = torch.tensor([count, total, squares, near], dtype=torch.float64)
-        else:
-            near = (flat.abs() <= self.near_zero).sum()
-            wide = flat.double()
-            row = torch.stack([torch.full_like(near, count), wide.sum(), wide.dot(wide), near])
-        if not self.bins:
-            return row
-        step = 1 if self.sample is None else max(1, -(-count // self.sample))
-        counts = torch.histc(flat[::step], self.bins, *self.range)
-        return torch.cat([row, counts.double()])
+    def _note(self, name: str, output: Tensor, never_negative: bool) -> None:
+        assert self._now is not None
+        row = activation_row.measure(
+            output, self.near_zero, self.bins, self.range, self.sample, never_negative
+        )
+        before = self._now.get(name)
+        self._now[name] = row if before is None else activation_row.joined(before, row)
 
     # ---- what was collected ----
 
@@ -195,33 +205,29 @@ class ActivationStats:
         Raises:
             ValueError: there is no such layer.
         """
-        if isinstance(layer, int) and -len(self.layers) <= layer < len(self.layers):
-            layer = self.layers[layer]
-        if layer not in self._rows:
-            raise ValueError(f"layer must be one of {', '.join(self.layers)}, got {layer!r}")
-        rows = [row.cpu() for row in self._rows[layer]]
-        table = torch.stack(rows).numpy() if rows else np.empty((0, 4 + self.bins))
-        count, total, squares, near = table[:, :4].T
+        table = self._table(self._name(layer)).numpy()
+        count, mean, deviations, near, sampled = table[:, :BINS].T
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = total / count
-            variance = np.maximum(squares - total * mean, 0) / (count - 1)
+            std, share = np.sqrt(deviations / (count - 1)), near / count
         return LayerStats(
-            batches=np.array(self._numbers[: len(rows)], dtype=np.int64),
+            batches=np.array(self._numbers, dtype=np.int64),
             mean=mean,
-            std=np.sqrt(variance),
-            near_zero=near / count,
-            histograms=table[:, 4:] if self.bins else None,
+            std=std,
+            near_zero=share,
+            histograms=table[:, BINS:] if self.bins else None,
             edges=np.linspace(*self.range, self.bins + 1) if self.bins else None,
+            sampled=sampled if self.bins else None,
         )
 
     def plot_layer_stats(self, layer: str | int) -> Figure:
         """Mean, standard deviation and share near zero of one layer, over batches."""
         from convext.lab.charts import plot_layer_stats
 
-        return plot_layer_stats(self._name(layer), self.layer(layer), self.near_zero)
+        name = self._name(layer)
+        return plot_layer_stats(name, self.layer(name), self.near_zero)
 
     def color_dim(self, layer: str | int) -> Figure:
-        """One layer's histograms side by side: batches across, activation up, log counts as colour.
+        """One layer's histograms side by side: batches across, activation up, log share as colour.
 
         Stefano Giomo's colorful dimension, as in fastai.
 
@@ -230,10 +236,28 @@ class ActivationStats:
         """
         from convext.lab.charts import color_dim
 
-        return color_dim(self._name(layer), self.layer(layer))
+        name = self._name(layer)
+        return color_dim(name, self.layer(name))
 
     def _name(self, layer: str | int) -> str:
-        return self.layers[layer] if isinstance(layer, int) else layer
+        if isinstance(layer, int) and -len(self.layers) <= layer < len(self.layers):
+            return self.layers[layer]
+        if layer not in self.layers:
+            raise ValueError(f"layer must be one of {', '.join(self.layers)}, got {layer!r}")
+        return layer
+
+    def _table(self, name: str) -> Tensor:
+        """A layer's rows on the CPU, brought there all at once: (batches held, row's length)."""
+        held = [place for place, rows in enumerate(self._rows) if name in rows]
+        away = [place for place in held if self._rows[place][name].device.type != "cpu"]
+        if away:
+            came = torch.stack([self._rows[place][name] for place in away]).cpu()
+            for place, row in zip(away, came, strict=True):
+                self._rows[place][name] = row
+        table = torch.full((len(self._rows), BINS + self.bins), torch.nan, dtype=torch.float64)
+        if held:
+            table[held] = torch.stack([self._rows[place][name] for place in held])
+        return table
 
     # ---- keeping it ----
 
@@ -243,12 +267,7 @@ class ActivationStats:
             "batches": self.batches,
             "stride": self.stride,
             "numbers": torch.tensor(self._numbers, dtype=torch.int64),
-            "rows": {
-                name: torch.stack([row.cpu() for row in rows])
-                if rows
-                else torch.empty(0, 4 + self.bins, dtype=torch.float64)
-                for name, rows in self._rows.items()
-            },
+            "rows": {name: self._table(name) for name in self.layers},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -257,17 +276,22 @@ class ActivationStats:
         Raises:
             ValueError: the state is of other layers or of another number of bins.
         """
-        if list(state["rows"]) != list(self.layers):
+        if tuple(state["rows"]) != self.layers:
             raise ValueError(
                 f"state must be of the layers {', '.join(self.layers)}, "
                 f"got {', '.join(state['rows'])}"
             )
-        for name, rows in state["rows"].items():
-            if rows.shape[1] != 4 + self.bins:
-                raise ValueError(f"state must have {self.bins} bins, got {rows.shape[1] - 4}")
-            self._rows[name] = list(rows)
+        for table in state["rows"].values():
+            if table.shape[1] != BINS + self.bins:
+                raise ValueError(f"state must have {self.bins} bins, got {table.shape[1] - BINS}")
         self.batches, self.stride = state["batches"], state["stride"]
         self._numbers = state["numbers"].tolist()
+        self._now = None
+        self._rows = [{} for _ in self._numbers]
+        for name, table in state["rows"].items():
+            for rows, row in zip(self._rows, table.clone(), strict=True):
+                if not row[activation_row.COUNT].isnan():  # else the layer was not called
+                    rows[name] = row
 
     def save(self, path: str | Path) -> None:
         """Writes what was collected, and how, as NumPy's .npz."""
@@ -280,7 +304,7 @@ class ActivationStats:
                 numbers=state["numbers"].numpy(),
                 counts=np.array([self.batches, self.stride]),
                 settings=np.array(json.dumps(settings)),
-                **{f"rows/{name}": rows.numpy() for name, rows in state["rows"].items()},
+                **{f"rows/{name}": table.numpy() for name, table in state["rows"].items()},
             )
 
     @classmethod
@@ -290,21 +314,28 @@ class ActivationStats:
         Raises:
             OSError, ValueError: the file can't be read, or is none of `save`'s.
         """
-        with np.load(path, allow_pickle=False) as file:
-            if "layers" not in file or "settings" not in file:
-                raise ValueError(f"{path}: not written by ActivationStats.save")
-            layers = file["layers"].tolist()
-            settings = json.loads(str(file["settings"]))
-            empty = nn.Module()
-            stats = cls(empty, [], histograms=bool(settings["bins"]), bins=settings["bins"] or 1)
-            stats.near_zero, stats.range = settings["near_zero"], tuple(settings["range"])
-            stats.layers = tuple(layers)
-            batches, stride = (int(n) for n in file["counts"])
-            rows = {name: torch.from_numpy(file[f"rows/{name}"]) for name in layers}
-            numbers = torch.from_numpy(file["numbers"])
-        stats.load_state_dict(
-            {"batches": batches, "stride": stride, "numbers": numbers, "rows": rows}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                layers = file["layers"].tolist()
+                settings = json.loads(str(file["settings"]))
+                batches, stride = file["counts"].tolist()
+                state = {
+                    "batches": batches,
+                    "stride": stride,
+                    "numbers": torch.from_numpy(file["numbers"]),
+                    "rows": {name: torch.from_numpy(file[f"rows/{name}"]) for name in layers},
+                }
+        except (EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not written by ActivationStats.save") from error
+        stats = cls(
+            None,
+            layers,
+            near_zero=settings["near_zero"],
+            histograms=settings["bins"] > 0,
+            bins=settings["bins"] or 1,
+            range=settings["range"],
         )
+        stats.load_state_dict(state)
         return stats
 
 
@@ -314,31 +345,28 @@ class _LayerHook:
 
     stats: ActivationStats
     name: str
+    never_negative: bool
 
     def __call__(self, module: nn.Module, _: object, output: object) -> None:
-        if self.stats._model.training and self.stats._looked_at():
-            first = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(first, Tensor):
-                self.stats._note(self.name, first)
+        if self.stats._now is None:
+            return
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(first, Tensor):
+            self.stats._note(self.name, first, self.never_negative)
 
 
 def _chosen(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> tuple[str, ...]:
-    modules = dict(model.named_modules())
     if layers is None:
+        modules = dict(model.named_modules())
         found = [name for name, module in modules.items() if isinstance(module, _ACTIVATIONS)]
-        return tuple(found) or tuple(
-            name for name, module in modules.items() if list(module.parameters(recurse=False))
-        )
-    names = {module: name for name, module in modules.items()}
-    chosen = tuple(names.get(layer, layer) for layer in layers)
+        found = found or [n for n, m in modules.items() if list(m.parameters(recurse=False))]
+        if not found:
+            raise ValueError("model has neither activation functions nor parameters: name layers")
+        return tuple(found)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {module: name for name, module in reversed(modules.items())}
+    chosen = tuple(dict.fromkeys(names.get(layer, layer) for layer in layers))
     for layer in chosen:
         if layer not in modules:
             raise ValueError(f"layers must be modules of the model or their names, got {layer!r}")
     return chosen
-
-
-def _flat(output: Tensor) -> Tensor:
-    """All numbers in the order of memory where that saves a copy: no statistic depends on it."""
-    if output.dim() == 4 and not output.is_contiguous():
-        output = output.permute(0, 2, 3, 1)
-    return output.reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +22,8 @@ class RecordRun(pl.Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         # Here, since after the step the scheduler may have set the next one's.
         group = optimizer.param_groups[0]
-        self._told = (group["lr"], group["betas"][0] if "betas" in group else group["momentum"])
+        momentum = group["betas"][0] if "betas" in group else group.get("momentum", math.nan)
+        self._told = (float(group["lr"]), float(momentum))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         lr, momentum = self._told

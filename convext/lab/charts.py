@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convext.inspection.drawing import COLORS, new_figure
+from convext.inspection.drawing import COLORS, HIGHLIGHT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
     from convext.lab.activation_stats import LayerStats
+    from convext.lab.lr_finder import LrFinding
+
+FEW = 30  # points that are marked one by one, so that even a single one is seen
 
 
 def plot_layer_stats(name: str, stats: LayerStats, near_zero: float) -> Figure:
@@ -25,17 +29,19 @@ def plot_layer_stats(name: str, stats: LayerStats, near_zero: float) -> Figure:
         (f"share with |x| ≤ {near_zero:g}", stats.near_zero),
     )
     for place, (title, values) in zip(axes[0], panels, strict=True):
-        place.plot(stats.batches, values, color=COLORS[0], linewidth=1)
+        _line(place, stats.batches, values)
         place.set_title(title, fontsize=9)
-        place.set_xlabel("batch")
-        place.grid(alpha=0.3)
     axes[0, 2].set_ylim(0, 1)
     figure.suptitle(name, fontsize=10)
     return figure
 
 
 def color_dim(name: str, stats: LayerStats) -> Figure:
-    """The histogram of each batch as a column, the colour the logarithm of the share."""
+    """The histogram of each batch as a column, the colour the logarithm of the share.
+
+    A share is of all numbers that the histogram looked at, in its range or not: a column that is
+    dark all over has its numbers elsewhere. A batch without the layer leaves its column blank.
+    """
     if stats.histograms is None:
         raise ValueError(f"{name}: color_dim needs histograms, and none were collected")
     figure, axes = new_figure(1, 1, (7, 3))
@@ -49,13 +55,15 @@ def color_dim(name: str, stats: LayerStats) -> Figure:
 
 def draw_color_dim(axes: Axes, stats: LayerStats) -> AxesImage:
     """The picture of `color_dim` on axes of the caller's, without labels."""
-    shares = stats.histograms / np.maximum(stats.histograms.sum(1, keepdims=True), 1)
-    last = stats.batches[-1] + 1 if len(stats.batches) else 1
+    shares = stats.histograms / np.maximum(stats.sampled, 1)[:, None]
+    # The batches kept are evenly spaced.
+    first, last = (stats.batches[0], stats.batches[-1]) if len(stats.batches) else (0, 0)
+    stride = (last - first) / max(1, len(stats.batches) - 1) or 1
     return axes.imshow(
         np.log10(np.maximum(shares.T, 1e-5)),
         origin="lower",
         aspect="auto",
-        extent=(0, last, stats.edges[0], stats.edges[-1]),
+        extent=(first, last + stride, stats.edges[0], stats.edges[-1]),
         cmap="viridis",
         vmin=-5,
         vmax=0,
@@ -73,35 +81,63 @@ def color_dim_bar(figure: Figure, shown: AxesImage, axes: Axes | np.ndarray) -> 
 def plot_sched(batches: dict[str, list]) -> Figure:
     """Two panels over batches: the learning rate and the momentum."""
     figure, axes = new_figure(1, 2, (8, 2.8))
-    for place, name, title in zip(
-        axes[0], ("lr", "momentum"), ("learning rate", "momentum"), strict=True
-    ):
-        place.plot(batches["step"], batches[name], color=COLORS[0], linewidth=1.2)
+    titles = {"lr": "learning rate", "momentum": "momentum"}
+    for place, (name, title) in zip(axes[0], titles.items(), strict=True):
+        _line(place, batches["step"], batches[name])
         place.set_title(title, fontsize=9)
-        place.set_xlabel("batch")
-        place.grid(alpha=0.3)
     return figure
 
 
 def plot_loss(batches: dict[str, list], epochs: list[dict[str, float]]) -> Figure:
-    """Training loss of each batch and, smoothed, of its neighbours; validation's at epoch ends."""
+    """Training loss of each batch and, smoothed, of its neighbours; validation's at epoch ends.
+
+    A red line stands where a loss was not finite for the first time.
+    """
     figure, axes = new_figure(1, 1, (7, 3))
     place = axes[0, 0]
-    steps = np.array(batches["step"], dtype=float)
-    losses = np.array([np.nan if loss is None else loss for loss in batches["loss"]])
-    place.plot(steps, losses, color=COLORS[0], linewidth=0.7, alpha=0.4, label="batch")
-    place.plot(steps, smoothed(losses), color=COLORS[0], linewidth=1.6, label="batches, smoothed")
-    ends = [
-        max(s for s, e in zip(steps, batches["epoch"], strict=True) if e == row["epoch"])
-        for row in epochs
-        if row["epoch"] in set(batches["epoch"])
-    ]
+    steps, losses = np.array(batches["step"], float), np.array(batches["loss"], float)
+    finite = np.isfinite(losses)
+    seen = np.where(finite, losses, np.nan)
+    _line(place, steps, seen, linewidth=0.7, alpha=0.4, label="batch")
+    _line(place, steps, smoothed(losses), linewidth=1.6, label="batches, smoothed")
+    last_step = dict(zip(batches["epoch"], batches["step"], strict=True))
+    ends = [row for row in epochs if row["epoch"] in last_step and "valid_loss" in row]
     if ends:
-        valid = [row.get("valid_loss") for row in epochs if row["epoch"] in set(batches["epoch"])]
-        place.plot(ends, valid, "o-", color=COLORS[1], markersize=4, label="validation")
-    place.set_yscale("log")
-    place.set_xlabel("batch")
-    place.set_ylabel("loss (cross entropy)")
+        where = [last_step[row["epoch"]] for row in ends]
+        values = [row["valid_loss"] for row in ends]
+        place.plot(where, values, "o-", color=COLORS[1], markersize=4, label="validation")
+    if not finite.all():
+        first = steps[~finite][0]
+        place.axvline(first, color=HIGHLIGHT, linewidth=1, label="no longer finite")
+    if (seen > 0).any():
+        place.set_yscale("log")
+    place.set_ylabel("loss")
+    place.grid(alpha=0.3, which="both")
+    place.legend(fontsize=8)
+    return figure
+
+
+def plot_lr_finding(finding: LrFinding) -> Figure:
+    """Loss over the learning rate, both logarithmic, with a line at each rate of note."""
+    figure, axes = new_figure(1, 1, (7, 3.4))
+    place = axes[0, 0]
+    losses = np.where(np.isfinite(finding.losses), finding.losses, np.nan)
+    _line(place, finding.rates, losses, linewidth=0.7, alpha=0.4, label="batch")
+    _line(place, finding.rates, finding.smoothed, linewidth=1.6, label="batches, smoothed")
+    marks = {
+        "suggestion": finding.suggestion,
+        "steepest fall": finding.steepest,
+        "lowest loss": finding.lowest,
+    }
+    for color, (label, rate) in zip(COLORS[1:], marks.items(), strict=False):
+        if rate is not None:
+            label = f"{label}: {rate:.2g}"
+            place.axvline(rate, color=color, linestyle="--", linewidth=1.2, label=label)
+    place.set_xscale("log")
+    if (losses > 0).any():
+        place.set_yscale("log")
+    place.set_xlabel("learning rate")
+    place.set_ylabel("loss")
     place.grid(alpha=0.3, which="both")
     place.legend(fontsize=8)
     return figure
@@ -119,3 +155,11 @@ def smoothed(values: np.ndarray, beta: float = 0.98) -> np.ndarray:
             weight = beta * weight + (1 - beta)
         result[place] = mean / weight if weight else np.nan
     return result
+
+
+def _line(place: Axes, batches: Sequence, values: Sequence, **style: object) -> None:
+    style = {"color": COLORS[0], "linewidth": 1.2, **style}
+    marker = "." if len(batches) <= FEW else ""
+    place.plot(batches, values, marker=marker, markersize=4, **style)
+    place.set_xlabel("batch")
+    place.grid(alpha=0.3)

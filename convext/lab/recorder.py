@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ class Recorder:
     """The record of a training run, a row for each optimiser step and one for each epoch.
 
     Losses may be tensors on a GPU: they are read when someone looks, all at once, since a read at
-    each step would make the device wait for Python.
+    each step would make the device wait for Python. A loss that diverged is kept as it is, NaN or
+    infinity; in files, which know neither, it is left empty.
 
     Attributes:
         epochs: one dict per finished epoch, of any figures (accuracy, valid_loss, ...).
@@ -36,7 +38,8 @@ class Recorder:
     def batch(self, *, step: int, epoch: int, loss: Tensor, lr: float, momentum: float) -> None:
         """Notes an optimiser step: steps count from 0, epochs from 1.
 
-        lr and momentum are those that the step was made with; momentum is SGD's, or Adam's beta1.
+        lr and momentum are those that the step was made with; momentum is SGD's, or Adam's beta1,
+        or NaN of an optimiser that has none.
         """
         for name, value in (("step", step), ("epoch", epoch), ("lr", lr), ("momentum", momentum)):
             self._columns[name].append(value)
@@ -45,7 +48,10 @@ class Recorder:
 
     @property
     def batches(self) -> dict[str, list]:
-        """The columns step, epoch, loss, lr and momentum, a number for each optimiser step."""
+        """The columns step, epoch, loss, lr and momentum, a number for each optimiser step.
+
+        steps count from 0, epochs from 1.
+        """
         if self._unread:
             self._columns["loss"] += torch.stack(self._unread).double().tolist()
             self._unread = []
@@ -89,15 +95,30 @@ class Recorder:
         with replacing(folder / BATCHES) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows(zip(*(self.batches[name] for name in COLUMNS), strict=True))
+            for row in zip(*(self.batches[name] for name in COLUMNS), strict=True):
+                writer.writerow(value if math.isfinite(value) else "" for value in row)
 
     @classmethod
     def load(cls, folder: str | Path) -> Recorder:
-        """Reads record.json of a run's folder. A loss that was not finite is None.
+        """Reads record.json of a run's folder. What was not finite is NaN.
 
         Raises:
-            OSError, ValueError, KeyError: it is not there, or not a record.
+            OSError, ValueError: it is not there, or not a record.
         """
+        path = Path(folder, RECORD)
+        state = json.loads(path.read_text(encoding="utf-8"))
         recorder = cls()
-        recorder.load_state_dict(json.loads(Path(folder, RECORD).read_text(encoding="utf-8")))
+        try:
+            recorder.load_state_dict(_with_nan(state))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not written by Recorder.save") from error
         return recorder
+
+
+def _with_nan(value: object) -> object:
+    """NaN for each null: write_json makes the one of the other."""
+    if isinstance(value, dict):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value

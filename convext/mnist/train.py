@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from convext.mnist.ddp import trainer_arguments
 from convext.mnist.learner import Learner
 from convext.mnist.loader import BatchLoader, first
 from convext.mnist.processes import World
+from convext.mnist.quiet import QuietLightning
 from convext.mnist.run_folder import (
     ACTIVATIONS,
     METRICS,
@@ -276,7 +275,7 @@ def fit(
         checkpoint: where to go on from, if anywhere.
         options: for Lightning's Trainer, besides.
     """
-    with _QuietLightning():
+    with QuietLightning():
         trainer = pl.Trainer(
             accelerator=device,
             max_epochs=epochs,
@@ -372,14 +371,3 @@ def _progress(checkpoint: dict) -> str:
         f"{checkpoint['global_step']} of {count(steps, 'step')}, {len(checkpoint['history'])} of "
         f"{count(checkpoint['convext']['epochs'], 'epoch')}"
     )
-
-
-class _QuietLightning(warnings.catch_warnings):
-    """Within the block, Lightning's tips, adverts and warnings are not shown; errors are."""
-
-    def __enter__(self):
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", module=r"lightning\.")
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        return entered
