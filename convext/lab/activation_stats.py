@@ -87,8 +87,9 @@ class ActivationStats:
         histograms: whether to count bins, which takes as long as all else.
         bins, range: of the histograms. Numbers outside are in no bin, as in `torch.histc`.
         every: looks at every so many batches, from the first.
-        sample: about so many numbers of an output, at most, are counted in a histogram, evenly
-            strided over it; None counts all. Mean, std and near_zero always take all.
+        sample: of an output with more numbers, about so many are looked at, those of every second
+            image, or third, ... A histogram looks at a fourth of them, evenly strided. None looks
+            at all, also in histograms, and takes several times as long.
         capacity: batches held, at least 2.
 
     Attributes:
@@ -110,7 +111,7 @@ class ActivationStats:
         bins: int = 40,
         range: tuple[float, float] = (0.0, 10.0),
         every: int = 1,
-        sample: int | None = 32_768,
+        sample: int | None = 65_536,
         capacity: int = 2_000,
     ) -> None:
         if not near_zero >= 0:
@@ -137,7 +138,8 @@ class ActivationStats:
         # Of the batches held: their numbers, and of each layer that was called its row.
         self._numbers: list[int] = []
         self._rows: list[dict[str, Tensor]] = []
-        self._now: dict[str, Tensor] | None = None  # of the batch under way, if looked at
+        self._looking = False  # whether a batch is under way that is looked at
+        self._waiting: list[tuple[str, np.ndarray | Tensor, bool]] = []  # to be measured
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     # ---- collecting ----
@@ -164,7 +166,7 @@ class ActivationStats:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._now = None
+        self._looking = False
 
     def __enter__(self) -> ActivationStats:
         return self.attach()
@@ -173,7 +175,7 @@ class ActivationStats:
         self.detach()
 
     def _begin(self, module: nn.Module, _: object) -> None:
-        self._now = None
+        self._looking, self._waiting = False, []
         if not module.training:
             return
         number, self.batches = self.batches, self.batches + 1
@@ -181,21 +183,34 @@ class ActivationStats:
             self._numbers, self._rows = self._numbers[::2], self._rows[::2]
             self.stride *= 2
         if number % self.stride == 0:
-            self._now = {}
+            self._looking = True
             self._numbers.append(number)
-            self._rows.append(self._now)
+            self._rows.append({})
 
     def _end(self, *_: object) -> None:
+        self._measure()
         # What calls a layer afterwards, as activation checkpointing does, is no batch.
-        self._now = None
+        self._looking = False
 
     def _note(self, name: str, output: Tensor, never_negative: bool) -> None:
-        assert self._now is not None
-        row = activation_row.measure(
-            output, self.near_zero, self.bins, self.range, self.sample, never_negative
-        )
-        before = self._now.get(name)
-        self._now[name] = row if before is None else activation_row.joined(before, row)
+        numbers = activation_row.taken(output, self.sample)
+        self._waiting.append((name, numbers, never_negative))
+        if self.sample is None or isinstance(numbers, Tensor):
+            self._measure()  # before another layer can write into it
+
+    def _measure(self) -> None:
+        """Measures what waits.
+
+        All layers one after another, when the model is done: half of the time, since the model
+        has Python's own data out of the cache between them.
+        """
+        waiting, self._waiting = self._waiting, []
+        for name, numbers, never_negative in waiting:
+            row = activation_row.measure(
+                numbers, self.near_zero, self.bins, self.range, self.sample, never_negative
+            )
+            before = self._rows[-1].get(name)
+            self._rows[-1][name] = row if before is None else activation_row.joined(before, row)
 
     # ---- what was collected ----
 
@@ -286,7 +301,7 @@ class ActivationStats:
                 raise ValueError(f"state must have {self.bins} bins, got {table.shape[1] - BINS}")
         self.batches, self.stride = state["batches"], state["stride"]
         self._numbers = state["numbers"].tolist()
-        self._now = None
+        self._looking = False
         self._rows = [{} for _ in self._numbers]
         for name, table in state["rows"].items():
             for rows, row in zip(self._rows, table.clone(), strict=True):
@@ -348,7 +363,7 @@ class _LayerHook:
     never_negative: bool
 
     def __call__(self, module: nn.Module, _: object, output: object) -> None:
-        if self.stats._now is None:
+        if not self.stats._looking:
             return
         first = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(first, Tensor):

@@ -22,7 +22,7 @@ FEW = 30  # points that are marked one by one, so that even a single one is seen
 
 def plot_layer_stats(name: str, stats: LayerStats, near_zero: float) -> Figure:
     """Three panels over batches: mean, standard deviation, share near zero."""
-    figure, axes = new_figure(1, 3, (10, 2.8))
+    figure, axes = _panels(3)
     panels = (
         ("mean", stats.mean),
         ("standard deviation", stats.std),
@@ -80,7 +80,7 @@ def color_dim_bar(figure: Figure, shown: AxesImage, axes: Axes | np.ndarray) -> 
 
 def plot_sched(batches: dict[str, list]) -> Figure:
     """Two panels over batches: the learning rate and the momentum."""
-    figure, axes = new_figure(1, 2, (8, 2.8))
+    figure, axes = _panels(2)
     titles = {"lr": "learning rate", "momentum": "momentum"}
     for place, (name, title) in zip(axes[0], titles.items(), strict=True):
         _line(place, batches["step"], batches[name])
@@ -99,7 +99,9 @@ def plot_loss(batches: dict[str, list], epochs: list[dict[str, float]]) -> Figur
     finite = np.isfinite(losses)
     seen = np.where(finite, losses, np.nan)
     _line(place, steps, seen, linewidth=0.7, alpha=0.4, label="batch")
-    _line(place, steps, smoothed(losses), linewidth=1.6, label="batches, smoothed")
+    # Over about a twentieth of the run: fastai's 0.98 lags far behind in a run of 100 batches.
+    beta = min(0.98, 1 - 1 / max(5, len(losses) / 20))
+    _line(place, steps, smoothed(losses, beta), linewidth=1.6, label="batches, smoothed")
     last_step = dict(zip(batches["epoch"], batches["step"], strict=True))
     ends = [row for row in epochs if row["epoch"] in last_step and "valid_loss" in row]
     if ends:
@@ -146,15 +148,22 @@ def plot_lr_finding(finding: LrFinding) -> Figure:
 def smoothed(values: np.ndarray, beta: float = 0.98) -> np.ndarray:
     """The exponentially weighted mean of what came before, without its bias towards 0.
 
-    As fastai's Recorder smooths the training loss. Values that are not finite are left out.
+    As fastai's Recorder smooths the training loss, with the same beta. A value that is not finite
+    is left out, and gives NaN.
     """
-    result, mean, weight = np.empty(len(values)), 0.0, 0.0
+    result, mean, weight = np.full(len(values), np.nan), 0.0, 0.0
     for place, value in enumerate(values):
         if np.isfinite(value):
             mean = beta * mean + (1 - beta) * value
             weight = beta * weight + (1 - beta)
-        result[place] = mean / weight if weight else np.nan
+            result[place] = mean / weight
     return result
+
+
+def _panels(columns: int) -> tuple[Figure, np.ndarray]:
+    figure, axes = new_figure(1, columns, (3.4 * columns, 2.8))
+    figure.get_layout_engine().set(w_pad=0.12)  # inches: room for a number below the last tick
+    return figure, axes
 
 
 def _line(place: Axes, batches: Sequence, values: Sequence, **style: object) -> None:

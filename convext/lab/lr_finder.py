@@ -40,8 +40,7 @@ class LrFinding:
     @cached_property
     def smoothed(self) -> np.ndarray:
         """The losses as fastai smooths them; NaN where a loss was not finite."""
-        losses = np.array(self.losses, float)
-        return np.where(np.isfinite(losses), smoothed(losses), np.nan)
+        return smoothed(np.array(self.losses))
 
     @property
     def lowest(self) -> float | None:
