@@ -110,6 +110,10 @@ def _on_device(
     flat: Tensor, near_zero: float, bins: int, limits: tuple[float, float], step: int
 ) -> Tensor:
     """By torch alone, whose operations a GPU queues."""
+    if not len(flat):
+        row = torch.zeros(BINS + bins, dtype=torch.float64, device=flat.device)
+        row[MEAN] = torch.nan
+        return row
     some = flat[::step] if bins else flat[:0]
     count = torch.full((), len(flat), dtype=torch.float64, device=flat.device)
     variance, mean = (x.double() for x in torch.var_mean(flat, correction=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,8 +119,8 @@ class ActivationStats:
             raise ValueError(f"near_zero must be at least 0, got {near_zero}")
         if bins < 1:
             raise ValueError(f"bins must be at least 1, got {bins}")
-        if len(range) != 2 or not range[0] < range[1]:
-            raise ValueError(f"range must be two numbers that rise, got {range}")
+        if len(range) != 2 or not -math.inf < range[0] < range[1] < math.inf:
+            raise ValueError(f"range must be two finite numbers that rise, got {range}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if sample is not None and sample < 1:
@@ -223,7 +224,8 @@ class ActivationStats:
         table = self._table(self._name(layer)).numpy()
         count, mean, deviations, near, sampled = table[:, :BINS].T
         with np.errstate(invalid="ignore", divide="ignore"):
-            std, share = np.sqrt(deviations / (count - 1)), near / count
+            std = np.sqrt(deviations / np.where(count > 0, count - 1, np.nan))
+            share = near / count
         return LayerStats(
             batches=np.array(self._numbers, dtype=np.int64),
             mean=mean,
