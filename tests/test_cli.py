@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = (
     *("--epochs", "--batch-size", "--lr", "--seed", "--data", "--data-dir", "--layers"),
     *("--algorithm", "--device", "--devices", "--threads", "--no-report", "--out", "--resume"),
-    *("--image-size", "--augment", "--save-every"),
+    *("--image-size", "--augment", "--save-every", "--stats"),
 )
 
 
