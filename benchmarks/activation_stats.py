@@ -3,12 +3,15 @@
 python benchmarks/activation_stats.py [--threads N] [--batch-size N] [--rounds N]
 
 A step is that of `convext train` without Lightning: forward, loss, backward, AdamW. Steps without
-statistics, with numbers and with histograms take turns in one process; a share is the median over
-neighbouring steps of the time that statistics add, relative to the step without.
+statistics, with numbers and with histograms take turns in one process, each of a network of its
+own; a share is the median over neighbouring steps of what statistics add, relative to the step
+without. Measured is the process's CPU time, which other processes disturb less than wall time.
 """
 
 import argparse
 import statistics
+import time
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -18,28 +21,31 @@ from convext.lab.activation_stats import ActivationStats
 from convext.mnist.learner import Learner
 from convext.mnist.model import lesson_cnn
 
+KINDS = ("off", "numbers", "histograms")
 
-def steps(layers: str, images: torch.Tensor, labels: torch.Tensor) -> dict:
-    """The three kinds of step, of one network."""
+
+def step(layers: str, stats: str, images: torch.Tensor, labels: torch.Tensor) -> Callable:
+    """A training step of a new network."""
+    torch.manual_seed(0)
     model = lesson_cnn(layers)
-    configured = Learner(model, lr=0.01, total_steps=100).configure_optimizers()
-    optimizer = configured["optimizer"]
+    optimizer = Learner(model, lr=0.01, total_steps=100).configure_optimizers()["optimizer"]
+    if stats != "off":
+        ActivationStats(model, histograms=stats == "histograms").attach()
 
-    def step():
+    def call() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
-    def watched(histograms: bool):
-        stats = ActivationStats(model, histograms=histograms)
+    return call
 
-        def step_with_stats():
-            with stats:
-                step()
 
-        return step_with_stats
-
-    return {"off": step, "numbers": watched(False), "histograms": watched(True)}
+def cpu_seconds(call: Callable, repeats: int) -> float:
+    """CPU time of one call, averaged over a few."""
+    start = time.process_time()
+    for _ in range(repeats):
+        call()
+    return (time.process_time() - start) / repeats
 
 
 def main() -> None:
@@ -55,7 +61,8 @@ def main() -> None:
     print("layers     step without   with numbers   with histograms")
     for layers in ("convext", "torch"):
         effort = Effort(rounds=args.rounds, seconds=120)
-        times = sample_in_turn(steps(layers, images, labels), effort)
+        steps = {stats: step(layers, stats, images, labels) for stats in KINDS}
+        times = sample_in_turn(steps, effort, cpu_seconds)
         added = {
             name: statistics.median(t / off - 1 for t, off in zip(found, times["off"], strict=True))
             for name, found in times.items()

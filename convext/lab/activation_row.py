@@ -25,16 +25,15 @@ def taken(output: Tensor, sample: int | None) -> np.ndarray | Tensor:
     On a CPU a copy by NumPy, or where all are looked at a view if there can be one; else a tensor.
     """
     output = output.detach()
-    if output.dim() == 0:
-        output = output.reshape(1)
-    if sample is not None:
-        output = output[:: max(1, min(round(output.numel() / sample), len(output)))]
     if output.dtype not in (torch.float32, torch.float64):
         output = output.float()
-    if output.device.type != "cpu":
-        return output.reshape(-1)
-    array = output.numpy()
-    return (array if sample is None else array.copy(order="K")).ravel(order="K")
+    # NumPy's views cost less than torch's.
+    numbers = output.numpy() if output.device.type == "cpu" else output
+    if sample is not None and output.dim() > 0:
+        numbers = numbers[:: max(1, min(round(output.numel() / sample), len(numbers)))]
+    if isinstance(numbers, Tensor):
+        return numbers.reshape(-1)
+    return (numbers if sample is None else numbers.copy(order="K")).ravel(order="K")
 
 
 def measure(
@@ -61,8 +60,7 @@ def measure(
         step = _coprime(math.ceil(HISTOGRAM_SHARE * len(numbers) / sample), len(numbers))
     if isinstance(numbers, Tensor):
         return _on_device(numbers, near_zero, bins, limits, step)
-    with np.errstate(all="ignore"):
-        return _on_cpu(numbers, near_zero, bins, limits, step, never_negative)
+    return _on_cpu(numbers, near_zero, bins, limits, step, never_negative)
 
 
 def _on_cpu(

@@ -206,12 +206,15 @@ class ActivationStats:
         has Python's own data out of the cache between them.
         """
         waiting, self._waiting = self._waiting, []
-        for name, numbers, never_negative in waiting:
-            row = activation_row.measure(
-                numbers, self.near_zero, self.bins, self.range, self.sample, never_negative
-            )
-            before = self._rows[-1].get(name)
-            self._rows[-1][name] = row if before is None else activation_row.joined(before, row)
+        if not waiting:
+            return
+        rows = self._rows[-1]
+        with np.errstate(all="ignore"):  # of a training that diverged
+            for name, numbers, never_negative in waiting:
+                row = activation_row.measure(
+                    numbers, self.near_zero, self.bins, self.range, self.sample, never_negative
+                )
+                rows[name] = activation_row.joined(rows[name], row) if name in rows else row
 
     # ---- what was collected ----
 
