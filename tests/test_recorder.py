@@ -269,6 +269,8 @@ def test_plot_loss():
     np.testing.assert_array_equal(lines["validation"].get_xdata(), [3, 7])
     np.testing.assert_array_equal(lines["validation"].get_ydata(), [0.75, math.nan])
     assert set(lines["no longer finite"].get_xdata()) == {5}
+    recorder = told([1.0, 2.0] + [math.nan] * 8)
+    assert recorder.plot_loss().axes[0].get_xlim()[1] > 9
     assert np.isnan(lines["batches, smoothed"].get_ydata()[5:7]).all()
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("batch", "loss", "log")
 

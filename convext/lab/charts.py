@@ -30,6 +30,7 @@ def plot_layer_stats(name: str, stats: LayerStats, near_zero: float) -> Figure:
     )
     for place, (title, values) in zip(axes[0], panels, strict=True):
         _line(place, stats.batches, values)
+        _whole_width(place, stats.batches)
         place.set_title(title, fontsize=9)
     axes[0, 2].set_ylim(0, 1)
     figure.suptitle(name, fontsize=10)
@@ -111,6 +112,7 @@ def plot_loss(batches: dict[str, list], epochs: list[dict[str, float]]) -> Figur
     if not finite.all():
         first = steps[~finite][0]
         place.axvline(first, color=HIGHLIGHT, linewidth=1, label="no longer finite")
+        _whole_width(place, steps)
     if (seen > 0).any():
         place.set_yscale("log")
     place.set_ylabel("loss")
@@ -164,6 +166,13 @@ def _panels(columns: int) -> tuple[Figure, np.ndarray]:
     figure, axes = new_figure(1, columns, (3.4 * columns, 2.8))
     figure.get_layout_engine().set(w_pad=0.12)  # inches: room for a number below the last tick
     return figure, axes
+
+
+def _whole_width(place: Axes, batches: Sequence) -> None:
+    """Also where there are only NaN, which matplotlib leaves out of its limits."""
+    if len(batches) > 1:
+        margin = 0.03 * (batches[-1] - batches[0])
+        place.set_xlim(batches[0] - margin, batches[-1] + margin)
 
 
 def _line(place: Axes, batches: Sequence, values: Sequence, **style: object) -> None:
