@@ -280,6 +280,7 @@ def test_a_command_line_leaves_nothing_to_defaults():
         "--devices": "2",
         "--device": "cpu",
         "--stats": "off",
+        "--save-every": "inf",
     }
 
 
