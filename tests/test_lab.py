@@ -141,6 +141,7 @@ def test_json_gives_back_what_was_written(tmp_path):
         near_zero=np.array([0.25, 0.75]),
         histograms=np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
         edges=np.array([0.0, 1.0, 2.0, 3.0]),
+        sampled=np.array([8.0, 15.0]),
     )
     results = accuracies(a=[0.5, 0.75], b=[0.25, 1.0])
     first = dataclasses.replace(

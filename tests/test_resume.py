@@ -435,6 +435,6 @@ def test_two_processes_save_together_and_go_on(tmp_path, layers):
     assert process.wait(120) == -signal.SIGKILL
     step = step_of(run)
     assert step % callbacks.SaveRun.ASK == 0 or step % STEPS == 0
-    args = ["--resume", str(run)]
+    args = ["--resume", str(run), "--no-report"]
     assert convext().wait(120) == 0
     assert_same_run(run, tmp_path / "straight")
