@@ -44,7 +44,6 @@ def _find(args: argparse.Namespace):
     from convext.mnist.data import load_data
     from convext.mnist.learner import Learner
     from convext.mnist.loader import BatchLoader
-    from convext.mnist.model import lesson_cnn
     from convext.mnist.settings import Options, check_options, choose_device, make_settings
 
     names = ("batch_size", "seed", "data", "data_dir", "layers", "device", "threads")
@@ -55,7 +54,7 @@ def _find(args: argparse.Namespace):
     settings = make_settings(options, dataset, checkpoint=None)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    learner = Learner(lesson_cnn(settings.layers), settings.lr, total_steps=args.steps).to(device)
+    learner = Learner(settings.make_model(), settings.lr, total_steps=args.steps).to(device)
     images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
     batches = BatchLoader(images, labels, settings.batch_size, seed=settings.seed, drop_last=True)
     return find_lr(learner, batches, steps=args.steps), batches.batch_size

@@ -227,7 +227,7 @@ def train_cnn(
 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        model = lesson_cnn()
+        model = lesson_cnn(normalize=train.statistics())
     batches = BatchLoader(train.images, train.labels, batch_size, seed=seed, drop_last=True)
     learner = Learner(model, lr, total_steps=epochs * len(batches))
     configured = learner.configure_optimizers()

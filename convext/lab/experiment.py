@@ -287,7 +287,11 @@ def run_experiment(
         dataset = replace(dataset, train=Split(images[:train_images], labels[:train_images]))
     defaults = DEFAULTS[dataset.name]
     epochs = epochs or defaults["epochs"]
-    variants = experiment.variants(defaults["batch_size"], defaults["lr"])
+    normalize = dataset.train.statistics()
+    variants = {
+        label: replace(variant, network=replace(variant.network, normalize=normalize))
+        for label, variant in experiment.variants(defaults["batch_size"], defaults["lr"]).items()
+    }
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from torch import nn
 
 import convext
 from convext.algorithms import check_algorithm_name
+from convext.mnist.model import Normalize
 
 GROUPS = 4  # of group norm: two channels each in the first layer, sixteen in the last
 
@@ -36,6 +37,7 @@ class Network:
         after: what follows each convolution but the last, of "relu" and "norm".
         last: what follows the last one, likewise.
         classes: how many there are.
+        normalize: as `lesson_cnn` takes it.
 
     Raises:
         ValueError: a value other than these.
@@ -49,6 +51,7 @@ class Network:
     after: tuple[str, ...] = ("relu", "norm")
     last: tuple[str, ...] = ()
     classes: int = 10
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
         if self.layers not in ("convext", "torch"):
@@ -74,6 +77,8 @@ class Network:
             grid: 28, 14, 7, 4, 2, 1.
         """
         modules: OrderedDict[str, nn.Module] = OrderedDict()
+        if self.normalize is not None:
+            modules["normalize"] = Normalize(*self.normalize)
         channels = (1, *self.widths, self.classes)
         for number in range(1, len(channels)):
             inputs, outputs = channels[number - 1 : number + 1]

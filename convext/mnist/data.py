@@ -47,6 +47,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, over all images and pixels."""
+        channels = self.images.transpose(0, 1).flatten(1).double()
+        std, mean = torch.std_mean(channels, dim=1, correction=0)
+        return tuple(mean.tolist()), tuple(std.tolist())
+
 
 @dataclass(frozen=True)
 class Dataset:

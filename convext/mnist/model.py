@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # (in_channels, out_channels, kernel_size) of each convolution. The first kernel is 5x5, since
 # a 3x3 one would compute 8 numbers from only 9 pixels.
@@ -12,8 +14,31 @@ CONVOLUTIONS = ((1, 8, 5), (8, 16, 3), (16, 32, 3), (32, 64, 3), (64, 10, 3))
 LARGEST_SIZE = 2 ** len(CONVOLUTIONS)  # the height or width that they still take to 1
 
 
+class Normalize(nn.Module):
+    """(x - mean) / std for each channel, as the book's DataBlock normalises its batches.
+
+    A layer of the network, so that whoever runs it gives it images as they are, in [0, 1].
+
+    Args:
+        mean, std: of the training images' channels; a std of 0 (all pixels the same) counts as 1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor([s or 1.0 for s in std]).reshape(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
 def lesson_cnn(
-    layers: str = "convext", algorithm: str = "auto", *, in_channels: int = 1, classes: int = 10
+    layers: str = "convext",
+    algorithm: str = "auto",
+    *,
+    in_channels: int = 1,
+    classes: int = 10,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> nn.Sequential:
     """Builds the network, initialised from torch's global generator.
 
@@ -27,6 +52,8 @@ def lesson_cnn(
         algorithm: for convext's convolutions; see `convext.algorithms`.
         in_channels: of the images: 1 for grey ones, 3 for colour.
         classes: how many scores the last convolution puts out.
+        normalize: mean and std of each channel, by which the first layer normalises images; with
+            None there is no such layer.
 
     Returns:
         A module from (N, in_channels, H, W) to class scores (N, classes). H and W are 28 in the
@@ -51,6 +78,8 @@ def lesson_cnn(
         raise ValueError(f"layers must be 'convext' or 'torch', got {layers!r}")
 
     modules: OrderedDict[str, nn.Module] = OrderedDict()
+    if normalize is not None:
+        modules["normalize"] = Normalize(*normalize)
     for number, (inputs, outputs, size) in enumerate(CONVOLUTIONS, start=1):
         if number == 1:
             inputs = in_channels

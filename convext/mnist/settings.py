@@ -68,7 +68,8 @@ class Options:
 class Settings:
     """What a run is: everything that its result depends on. Kept in its checkpoint.
 
-    classes: their names, in the order of the scores; content: see `Dataset`.
+    classes: their names, in the order of the scores; content: see `Dataset`; normalize: mean and
+    std of each channel of the training images.
     """
 
     epochs: int
@@ -89,6 +90,7 @@ class Settings:
     augment: bool = False
     save_every: float = math.inf  # likewise
     data_dir: str | None = None  # likewise
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # likewise
 
     def make_model(self) -> nn.Sequential:
         """The network that the run trains, initialised from torch's global generator."""
@@ -97,6 +99,7 @@ class Settings:
             self.algorithm,
             in_channels=3 if self.colour else 1,
             classes=len(self.classes),
+            normalize=self.normalize,
         )
 
 
@@ -192,6 +195,7 @@ def make_settings(options: Options, dataset: Dataset, checkpoint: dict | None) -
         channels, *size = dataset.train.images.shape[1:]
         chosen |= {"image_size": tuple(size), "colour": channels == 3}
         chosen |= {"classes": dataset.classes, "content": dataset.content}
+        chosen["normalize"] = dataset.train.statistics()
         rest = {"seed": 0, "layers": "convext", "algorithm": "auto", "stats": "histograms"}
         rest["threads"] = torch.get_num_threads()
         rest["save_every"] = SAVE_EVERY
