@@ -305,7 +305,7 @@ def interrupted(monkeypatch):
 
 def test_a_run_on_a_folder_says_what_it_is_and_keeps_it(bars, tmp_path, capsys):
     out = tmp_path / "run"
-    args = ["train", "--data", bars, "--image-size", "24x32", "--augment", "--epochs", 6]
+    args = ["train", "--data", bars, "--image-size", "24x32", "--augment", "--epochs", 12]
     args += ["--layers", "torch", "--threads", 1, "--out", out]
     assert main([*map(str, args)]) == 0
     shown = capsys.readouterr().out

@@ -304,7 +304,7 @@ def test_stock_layers_are_validated_and_saved_as_the_first_process_has_them(tmp_
     options = {**FEW_STEPS, "layers": "torch", "lr": 0.06, "devices": 2, "epochs": 1}
     train(Options(**options, out=tmp_path / "run"))
     saved = checkpoint(tmp_path / "run")
-    model = lesson_cnn("torch")
+    model = lesson_cnn("torch", normalize=((0.0,), (1.0,)))  # which the weights replace
     weights = {name.removeprefix("model."): value for name, value in saved["state_dict"].items()}
     model.load_state_dict(weights)
     valid = load_digits().valid

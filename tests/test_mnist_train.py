@@ -18,6 +18,7 @@ pl = pytest.importorskip("lightning.pytorch", reason="training needs the extra c
 
 from convext.errors import UserError  # noqa: E402
 from convext.mnist import callbacks  # noqa: E402
+from convext.mnist.data import Split, load_digits  # noqa: E402
 from convext.mnist.learner import Learner  # noqa: E402
 from convext.mnist.model import lesson_cnn  # noqa: E402
 from convext.mnist.train import Options, train  # noqa: E402
@@ -101,6 +102,33 @@ def test_the_network_refuses_unknown_layers():
         lesson_cnn("torch", algorithm="im2col")
 
 
+def test_the_network_normalises_as_its_training_images_are():
+    images = torch.rand(20, 2, 28, 28) * torch.tensor([1.0, 0.2]).view(2, 1, 1)
+    images[:, 1] = 0.5  # a channel that is the same all over
+    mean, std = Split(images, torch.zeros(20).long()).statistics()
+    array = images.double().numpy()
+    assert mean == pytest.approx(array.mean((0, 2, 3)))
+    assert std == pytest.approx(array.std((0, 2, 3)), abs=1e-12)
+    model = lesson_cnn("torch", in_channels=2, normalize=(mean, std))
+    found = model.normalize(images)
+    torch.testing.assert_close(found[:, 0], (images[:, 0] - mean[0]) / std[0])
+    assert not found[:, 1].any()
+    plain = lesson_cnn("torch", in_channels=2)
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith("normalize")}
+    )
+    torch.testing.assert_close(model.eval()(images), plain.eval()(found))
+
+
+def test_normalising_draws_no_random_number():
+    for layers in LAYERS:
+        torch.manual_seed(3)
+        plain = lesson_cnn(layers)
+        torch.manual_seed(3)
+        normalising = lesson_cnn(layers, normalize=((0.1,), (0.3,)))
+        assert torch.equal(plain.conv5.weight, normalising.conv5.weight)
+
+
 # ---- the schedule ----
 
 
@@ -155,10 +183,8 @@ def test_metrics(run, layers):
 
 
 def test_accuracy_is_what_the_saved_weights_achieve(run):
-    from convext.mnist.data import load_digits
-
     folder = run("run", epochs=2)
-    model = lesson_cnn("torch")
+    model = lesson_cnn("torch", normalize=((0.0,), (1.0,)))  # which the weights replace
     weights = {k.removeprefix("model."): v for k, v in checkpoint(folder)["state_dict"].items()}
     model.load_state_dict(weights)
     valid = load_digits().valid
@@ -168,6 +194,9 @@ def test_accuracy_is_what_the_saved_weights_achieve(run):
     assert metrics(folder)["accuracy"] == correct / len(valid)
     loss = torch.nn.functional.cross_entropy(scores, valid.labels).item()
     assert metrics(folder)["valid_loss"] == pytest.approx(loss, rel=1e-5)
+    found = load_digits().train.images.double()
+    assert weights["normalize.mean"].item() == pytest.approx(found.mean().item())
+    assert weights["normalize.std"].item() == pytest.approx(found.std(correction=0).item())
 
 
 def test_output_in_order_and_nothing_of_lightnings(run, tmp_path, capfd):

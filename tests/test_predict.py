@@ -61,7 +61,12 @@ def own_probabilities(run, images):
     """Those of stock layers with the checkpoint's weights, by torch alone."""
     saved = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
     channels, classes = saved["model.conv1.weight"].shape[1], len(saved["model.conv5.bias"])
-    model = lesson_cnn("torch", in_channels=channels, classes=classes)
+    model = lesson_cnn(
+        "torch",
+        in_channels=channels,
+        classes=classes,
+        normalize=([0.0] * channels, [1.0] * channels),  # which the weights replace
+    )
     model.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
     with torch.no_grad():
         return model.eval()(images).softmax(1)

@@ -153,7 +153,8 @@ def test_a_file_that_is_no_record(tmp_path):
 
 def test_a_runs_record_is_that_of_the_same_steps_by_hand(straight):
     torch.manual_seed(4)
-    model, train = lesson_cnn("torch"), load_digits().train
+    train = load_digits().train
+    model = lesson_cnn("torch", normalize=train.statistics())
     batches = BatchLoader(train.images, train.labels, 128, seed=4, drop_last=True)
     configured = Learner(model, 0.02, total_steps=2 * STEPS).configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -214,10 +215,11 @@ def test_a_run_that_was_stopped_and_went_on_has_the_record_of_one_that_was_not(
 
 def test_a_runs_statistics_are_those_of_its_first_batch(straight):
     torch.manual_seed(4)
-    model, train = lesson_cnn("torch"), load_digits().train
+    train = load_digits().train
+    model = lesson_cnn("torch", normalize=train.statistics())
     images, _ = next(iter(BatchLoader(train.images, train.labels, 128, seed=4, drop_last=True)))
     found = ActivationStats.load(straight / "activations.npz").layer("relu4")
-    output = model[:11](images)
+    output = model[:12](images)
     assert found.mean[0] == pytest.approx(output.mean().item(), rel=1e-5)
     assert found.std[0] == pytest.approx(output.std().item(), rel=1e-5)
     np.testing.assert_array_equal(found.batches, range(2 * STEPS))
