@@ -120,6 +120,15 @@ def test_the_network_normalises_as_its_training_images_are():
     torch.testing.assert_close(model.eval()(images), plain.eval()(found))
 
 
+def test_statistics_are_the_same_bits_for_any_number_of_threads():
+    images = load_digits().train.images
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(Split(images, torch.zeros(len(images))).statistics())
+    assert found[0] == found[1] == found[2]
+
+
 def test_normalising_draws_no_random_number():
     for layers in LAYERS:
         torch.manual_seed(3)
