@@ -19,12 +19,7 @@ from convext.mnist.data import DataError, load_data  # noqa: E402
 from convext.mnist.model import lesson_cnn  # noqa: E402
 from convext.mnist.train import Options, train  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def same_threads_after():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restore_threads")
 
 
 def save(path, pixels):

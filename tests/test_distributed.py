@@ -173,11 +173,7 @@ RUN_FILES = {"last.ckpt", "metrics.json", "record.json", "record.csv", "activati
 FEW_STEPS = {"data": "digits", "batch_size": 360, "lr": 1e-3, "threads": 2}
 
 
-@pytest.fixture(autouse=True)
-def same_threads_after():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restore_threads")
 
 
 def arguments(**options):

@@ -18,12 +18,7 @@ from convext.mnist.learner import Learner
 from convext.mnist.loader import BatchLoader
 from convext.mnist.model import lesson_cnn
 
-
-@pytest.fixture(autouse=True)
-def same_threads_after():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restore_threads")
 
 
 def task(layers="torch"):

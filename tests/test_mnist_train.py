@@ -27,11 +27,7 @@ LAYERS = ["convext", "torch"]
 RUN_FILES = {"last.ckpt", "metrics.json", "record.json", "record.csv", "activations.npz"}
 
 
-@pytest.fixture(autouse=True)
-def same_threads_after():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restore_threads")
 
 
 @pytest.fixture

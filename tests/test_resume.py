@@ -40,11 +40,7 @@ EPOCHS, STEPS = 3, 22  # steps of each epoch
 RUN = ("--data=digits", "--threads=1", f"--epochs={EPOCHS}")
 
 
-@pytest.fixture(autouse=True)
-def same_threads_after():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restore_threads")
 
 
 # ---- processes, and when they die ----
